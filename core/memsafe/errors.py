@@ -1,0 +1,116 @@
+"""Every exception that memsafe raises.
+
+* :class:`MemsafeError`
+
+  * :class:`ConfigError` (also ``ValueError``): an option is unknown or out of range.
+  * :class:`InputError` (also ``ValueError``): a text, pair or list cannot be used.
+  * :class:`ModelError` (also ``ValueError``): a model is missing, broken or of the wrong kind.
+
+    * :class:`ModelTooLargeError`: the weights do not fit into the memory that is free.
+
+  * :class:`InputTooLargeError`: one input does not fit alone, whatever is tried.
+  * :class:`RecoveryExhaustedError`: memory stayed short after everything the policy allows.
+  * :class:`BusyError`: the queue is full and the policy says not to wait.
+  * :class:`ClosedError` (also ``RuntimeError``): used after ``close()``, or its worker has died.
+  * :class:`CancelledError`: the call was cancelled before it finished.
+  * :class:`StoreError`: a file of ours on disk cannot be read or written.
+  * :class:`MissingExtraError` (also ``ImportError``): an optional dependency is not installed.
+
+Messages say what was wrong, what was got, which limit it met and what to do about it. They never contain a user's text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "BusyError",
+    "CancelledError",
+    "ClosedError",
+    "ConfigError",
+    "InputError",
+    "InputTooLargeError",
+    "MemsafeError",
+    "MissingExtraError",
+    "ModelError",
+    "ModelTooLargeError",
+    "RecoveryExhaustedError",
+    "StoreError",
+]
+
+
+class MemsafeError(Exception):
+    """Base of all errors raised by memsafe.
+
+    Keyword arguments become attributes, so that a handler need not parse the message.
+    """
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+        for name, value in details.items():
+            setattr(self, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.message, self.details))
+
+
+def _rebuild(kind: type[MemsafeError], message: str, details: dict[str, Any]) -> MemsafeError:
+    return kind(message, **details)
+
+
+class ConfigError(MemsafeError, ValueError):
+    """An option is unknown, of the wrong type or out of range."""
+
+
+class InputError(MemsafeError, ValueError):
+    """An input cannot be used. ``index`` is its position in the caller's list, or None for the list itself."""
+
+    index: int | None = None
+
+
+class ModelError(MemsafeError, ValueError):
+    """A model folder is missing, empty, half-written or of the wrong kind."""
+
+
+class ModelTooLargeError(ModelError):
+    """The weights alone do not fit. Attributes: ``need_bytes``, ``free_bytes``."""
+
+    need_bytes: int
+    free_bytes: int
+
+
+class InputTooLargeError(MemsafeError):
+    """One input does not fit alone. Attributes: ``index``, ``num_tokens``, ``need_bytes``, ``free_bytes``."""
+
+    index: int
+    num_tokens: int
+    need_bytes: int
+    free_bytes: int
+
+
+class RecoveryExhaustedError(MemsafeError):
+    """Memory stayed short after every step that the policy allows. Attribute: ``steps``, what was tried."""
+
+    steps: tuple[str, ...] = ()
+
+
+class BusyError(MemsafeError):
+    """More inputs are pending than ``MemoryPolicy.max_pending`` allows, and ``on_full`` is ``"raise"``."""
+
+
+class ClosedError(MemsafeError, RuntimeError):
+    """The object was closed, or the worker that served it has died."""
+
+
+class CancelledError(MemsafeError):
+    """The call was cancelled; its places in the queue and its memory have been given back."""
+
+
+class StoreError(MemsafeError):
+    """A file that memsafe keeps on disk cannot be read or written."""
+
+
+class MissingExtraError(MemsafeError, ImportError):
+    """An optional dependency is missing. The message holds the exact pip command."""

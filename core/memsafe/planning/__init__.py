@@ -1,0 +1,1 @@
+"""Deciding what runs, without running it: pure Python and numpy, never torch."""
