@@ -1,0 +1,70 @@
+# Targets for people and for CI. Everything is installed into .venv, through constraints.txt.
+#   make demo          make test          make PYTHON=python3.12 test
+PYTHON ?= python3
+VENV   ?= .venv
+PY      = $(VENV)/bin/python
+PIP     = $(PY) -m pip --disable-pip-version-check --no-input install -qq
+SOURCES = core llama_index_memsafe langchain_memsafe
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast test-hostile test-lowest lint bench dist clean
+
+help: ## Show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo-ready ## Index and search real passages through LlamaIndex and LangChain (under two minutes)
+	@$(PY) examples/demo.py
+
+test: $(VENV)/.test-ready ## Run every test this machine can run, linting and real memory limits included
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.test-ready ## Run the quick tests only
+	@$(PY) -m pytest -m "not hostile and not slow" $(PYTEST_ARGS)
+
+test-hostile: $(VENV)/.test-ready ## Run the tests under real memory limits only
+	@$(PY) -m pytest -m hostile $(PYTEST_ARGS)
+
+test-lowest: $(VENV)-lowest/.ready ## Run the tests on the oldest supported versions (several GB on Linux: see CONTRIBUTING.md)
+	@$(VENV)-lowest/bin/python -m pytest -p no:cacheprovider -m "not hostile" --ignore=tests/contracts $(PYTEST_ARGS)
+
+lint: $(VENV)/.test-ready ## Check style, types and the import contracts
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/.test-ready ## Compare with the peers on this machine; writes benchmarks/results/
+	@$(PY) -m benchmarks $(BENCH_ARGS)
+
+dist: $(VENV)/.test-ready ## Build the sdist and the wheel into dist/
+	@rm -rf dist
+	@$(PY) -m hatchling build -t sdist -t wheel
+
+clean: ## Remove what the other targets made, the virtual environments and built models included
+	rm -rf $(VENV) $(VENV)-lowest .models .cache dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	  .import_linter_cache
+	find $(SOURCES) tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "memsafe needs Python 3.10 or newer, this is " \
+	  + sys.version.split()[0] + "; try: make PYTHON=python3.12 ...")'
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -c constraints.txt pip
+
+$(VENV)/.demo-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing memsafe and what the demo needs into $(VENV) (torch is large: minutes the first time)"
+	@$(PIP) -c constraints.txt -e ".[all]" --group demo
+	@touch $@
+
+$(VENV)/.test-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing memsafe and what the tests need into $(VENV) (torch is large: minutes the first time)"
+	@$(PIP) -c constraints.txt -e ".[all]" --group test
+	@touch $(VENV)/.demo-ready $@
+
+$(VENV)-lowest/.ready: pyproject.toml constraints-lowest.txt
+	@test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	@echo "Installing the oldest supported versions into $(VENV)-lowest"
+	@$(VENV)-lowest/bin/python -m pip install -qq "pip>=25.1"
+	@$(VENV)-lowest/bin/python -m pip install -qq -c constraints-lowest.txt -e ".[all]" --group lowest
+	@touch $@
