@@ -1,0 +1,412 @@
+"""What the memory of a micro-batch will be: a prior from the architecture, corrected by measured peaks.
+
+Live tensor bytes of one forward beyond the weights are ``c0 + c1*tokens + c2*sequences + c3*squares``, all c >= 0.
+The coefficients are the most probable ones given the observations and the prior (a normal density around the
+architecture's formula, cut off at zero), which is a non-negative least squares problem in four unknowns: where
+observations say nothing, for example because all had the same shape, the prior decides; where they speak, they win.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memsafe.planning.batch import BatchShape
+
+__all__ = ["SCHEMA", "CostKey", "CostModel", "CostPrior"]
+
+SCHEMA = 1
+"""Version of the JSON form; other versions are not read."""
+
+PROBES = 5
+"""Measured shapes, at least a factor of two apart in tokens, after which a model's cost counts as known."""
+FIRST_PROBE_TOKENS = 256
+
+UNCALIBRATED_MARGIN = 0.5
+"""The first bound is 1.5 times the prior: its formula was within 1 % of BERT and GTE, but kernels and heads differ."""
+LEAST_MARGIN = 0.01
+"""Bounds are at least 1 % above predictions: live bytes of random shapes scattered by 0.3 % around a fit."""
+ROUNDING_BYTES = 4096
+"""Allocators round each tensor up (512 bytes on CUDA, a few tensors of constant number live at the peak)."""
+RESIDENT_FACTOR = 1.25
+"""Resident over live bytes until it was observed; rounding to whole segments is covered by the policy's reserve."""
+RESIDENT_MARGIN = 0.02
+
+_MAX_OBSERVATIONS = 64
+_NOISE = 0.01
+"""Expected relative scatter of a measurement, worth `_NOISE_WEIGHT` observations when the scatter is estimated."""
+_NOISE_WEIGHT = 4
+_EXACT = 2e-5
+"""Relative residuals below this are rounding: the observations have no noise."""
+_DOUBT = 0.05
+"""When residuals stay above this, the prior is wrong for the model; it is then given 30 times less weight."""
+_FORGET = 0.98
+"""Per observation: how slowly a margin decays whose observation was replaced by a newer one of its shape."""
+
+_Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class CostKey:
+    """What a learnt cost is valid for. All strings; `layout` is ``"packed"`` or ``"padded"``."""
+
+    model: str
+    revision: str
+    dtype: str
+    attention: str
+    layout: str
+    device: str
+    torch_version: str
+
+    def digest(self) -> str:
+        """A short file name: 32 hexadecimal digits of SHA-256."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class CostPrior:
+    """Bytes that a forward is expected to need beyond the weights, per unit of each feature."""
+
+    fixed_bytes: float
+    per_token_bytes: float
+    per_sequence_bytes: float
+    per_square_bytes: float
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{field.name}: got {value!r}; give a finite number of at least 0")
+
+    @classmethod
+    def for_architecture(
+        cls,
+        *,
+        hidden_size: int,
+        intermediate_size: int,
+        gated: bool,
+        num_heads: int,
+        bytes_per_element: int,
+        layout: str,
+        attention: str,
+        vocab_logits: int = 0,
+        small_mask: bool = False,
+    ) -> CostPrior:
+        """The prior of a transformer encoder with hidden size H, feed-forward size I and s bytes per element.
+
+        Feed-forward step, peak of tensors alive at once, measured with a tracker of torch's dispatcher for I/H from 1
+        to 8: ``(3*H + 2*I)*s`` bytes per token (BERT), ``(4*H + 3*I)*s`` if `gated` (GTE, Nomic). The attention step
+        is the larger one for a narrow feed-forward: 8*H*s, 10*H*s if gated. Inputs (ids, types, positions, mask) are
+        four int64 per token. A padded batch holds its mask per pair of tokens, one bool and one element (one bool
+        and one element per token with `small_mask`); eager attention two matrices of scores per head. `vocab_logits`:
+        the size of a vocabulary whose logits are computed for every token (SPLADE), else 0.
+        """
+        h, i, s = hidden_size, intermediate_size, bytes_per_element
+        per_token = float(max(4 * h + 3 * i, 10 * h) * s if gated else max(3 * h + 2 * i, 8 * h) * s)
+        per_token += 4 * 8 + vocab_logits * s
+        per_square = 0.0
+        if layout != "packed":
+            if small_mask:
+                per_token += 1 + s
+            else:
+                per_square += 1 + s
+        if attention == "eager":
+            per_square += 2 * num_heads * s
+        # one pooled row in the model's dtype, one in float32, offsets; workspaces of kernels as 64 KiB
+        return cls(64 * 1024.0, per_token, h * (s + 4) + 64.0, per_square)
+
+
+@dataclass(frozen=True, slots=True)
+class _Observation:
+    shape: BatchShape
+    live_bytes: int | None
+    resident_bytes: int | None
+
+
+class CostModel:
+    """Predicts the peak bytes of a micro-batch, learns from measured peaks. Not thread-safe: its owner holds a lock."""
+
+    def __init__(self, key: CostKey, prior: CostPrior) -> None:
+        self.key = key
+        self.prior = prior
+        self.target_tokens: int | None = None
+        """The knee: tokens per micro-batch beyond which throughput no longer grows; None until found."""
+        self.lanes: int | None = None
+        """How many micro-batches side by side were fastest; None until found."""
+        self._observations: list[_Observation] = []
+        self._rungs: list[int] = []
+        self._worst = 0.0  # largest relative residual seen, slowly forgotten once its observation is replaced
+        self._stale = True
+        self._c = (0.0, 0.0, 0.0, 0.0)
+        self._covariance: list[tuple[int, int, float]] = []
+        self._slack = (RESIDENT_FACTOR - 1, 0.0)
+
+    # ---------------------------------------------------------------- asking
+
+    @property
+    def num_observations(self) -> int:
+        """Measurements kept (at most 64); of a shape seen again only the newest is."""
+        return len(self._observations)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether measured live peaks, three over a factor of four in tokens or five of any, back the prediction."""
+        tokens = [o.shape.tokens for o in self._observations if o.live_bytes is not None]
+        return len(tokens) >= PROBES or (len(tokens) >= 3 and max(tokens) >= 4 * min(tokens))
+
+    @property
+    def relative_error(self) -> float:
+        """The largest relative residual seen; the prior's margin, 0.5, before any measurement."""
+        self._refresh()
+        return self._worst if any(o.live_bytes is not None for o in self._observations) else UNCALIBRATED_MARGIN
+
+    @property
+    def coefficients(self) -> tuple[float, float, float, float]:
+        """Bytes: fixed, per token, per sequence, per square."""
+        self._refresh()
+        return self._c
+
+    def predict(self, shape: BatchShape) -> int:
+        """Live tensor bytes beyond the weights: the expectation."""
+        self._refresh()
+        return int(self._predict(shape))
+
+    def upper_bound(self, shape: BatchShape) -> int:
+        """Live tensor bytes beyond the weights: what a micro-batch should not pass."""
+        self._refresh()
+        return int(self._upper(shape))
+
+    def resident_bound(self, shape: BatchShape) -> int:
+        """Bytes by which the process may grow: :meth:`upper_bound` and the slack of heap or caching allocator."""
+        self._refresh()
+        upper = self._upper(shape)
+        share, fixed = self._slack
+        return int(upper * (1 + share) + fixed) + 1
+
+    def max_tokens_for(self, budget_bytes: int, mean_len: float, *, ceiling: int = 1 << 24) -> int:
+        """The most tokens, in sequences of `mean_len` tokens, whose resident bound is within the budget; 0 if none."""
+        length = max(mean_len, 1.0)
+
+        def fits(tokens: int) -> bool:
+            sequences = max(round(tokens / length), 1)
+            shape = BatchShape(tokens, sequences, round(tokens * min(length, tokens)), math.ceil(length))
+            return self.resident_bound(shape) <= budget_bytes
+
+        low, high = 0, ceiling + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def needs_probe(self, tokens: int) -> bool:
+        """Whether a micro-batch of so many tokens is worth measuring: fewer than five were, none within a factor of 2."""
+        return len(self._rungs) < PROBES and all(2 * tokens <= rung or tokens >= 2 * rung for rung in self._rungs)
+
+    def next_probe_tokens(self) -> int | None:
+        """The size of the next probe, twice the largest so far from 256 tokens on; None once there were five."""
+        if len(self._rungs) >= PROBES:
+            return None
+        return 2 * max(self._rungs) if self._rungs else FIRST_PROBE_TOKENS
+
+    # -------------------------------------------------------------- learning
+
+    def observe(self, shape: BatchShape, live_bytes: int | None, resident_bytes: int | None = None) -> None:
+        """Learn one measured peak beyond the weights; None for what was not measured.
+
+        live_bytes: peak of tensors. resident_bytes: by how much the process (resident set, or bytes reserved by the
+        caching allocator) grew at most; less than `live_bytes` where memory was reused.
+        """
+        if (live_bytes is None and resident_bytes is None) or shape.tokens < 1 or shape.sequences < 1:
+            return
+        if live_bytes is not None and live_bytes < 1:
+            live_bytes = None  # nothing was seen to be allocated: no measurement
+        if self.needs_probe(shape.tokens):
+            self._rungs.append(shape.tokens)
+        observation = _Observation(shape, live_bytes, resident_bytes)
+        if len(self._observations) < _MAX_OBSERVATIONS:
+            self._observations.append(observation)
+        else:
+            self._observations[self._nearest(shape)] = observation
+        if live_bytes is not None and not self._stale:
+            # The margin must follow a surprise, but never what was merely unknown before the first measurements.
+            surprise = live_bytes / max(self._predict(shape), 1.0) - 1
+            if self.calibrated and surprise > self._worst:
+                self._worst = surprise
+        self._worst *= _FORGET
+        self._stale = True
+
+    def _nearest(self, shape: BatchShape) -> int:
+        def distance(other: BatchShape) -> float:
+            pairs = ((shape.tokens, other.tokens), (shape.sequences, other.sequences), (shape.squares, other.squares))
+            return sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in pairs)
+
+        return min(range(len(self._observations)), key=lambda i: distance(self._observations[i].shape))
+
+    # --------------------------------------------------------------- fitting
+
+    def _predict(self, shape: BatchShape) -> float:
+        c = self._c
+        return c[0] + c[1] * shape.tokens + c[2] * shape.sequences + c[3] * shape.squares
+
+    def _upper(self, shape: BatchShape) -> float:
+        predicted = self._predict(shape)
+        x = (1.0, float(shape.tokens), float(shape.sequences), float(shape.squares))
+        variance = sum(x[i] * x[j] * v for i, j, v in self._covariance)
+        # Two standard deviations of what the observations leave open; large for shapes unlike any observed.
+        doubt = min(2 * math.sqrt(max(variance, 0.0)), UNCALIBRATED_MARGIN * predicted)
+        return predicted * (1 + max(self._worst, LEAST_MARGIN)) + doubt + ROUNDING_BYTES
+
+    def _refresh(self) -> None:
+        if not self._stale:
+            return
+        self._stale = False
+        measured = [(o.shape, o.live_bytes) for o in self._observations if o.live_bytes is not None]
+        x = np.array([[1.0, s.tokens, s.sequences, s.squares] for s, _ in measured], dtype=np.float64).reshape(-1, 4)
+        y = np.array([live for _, live in measured], dtype=np.float64)
+        mean, deviation = self._prior_density(x, y)
+        coefficients, covariance, residuals = _fit(x, y, mean, deviation)
+        if len(y) > 4 and float(np.sqrt(np.mean(residuals**2))) > _DOUBT:
+            coefficients, covariance, residuals = _fit(x, y, mean, 30 * deviation)
+        self._c = (float(coefficients[0]), float(coefficients[1]), float(coefficients[2]), float(coefficients[3]))
+        # x'Vx as its ten distinct terms: this is asked for every candidate micro-batch.
+        self._covariance = [(i, j, float(covariance[i, j]) * (1 + (i != j))) for i in range(4) for j in range(i, 4)]
+        if len(y):
+            self._worst = max(self._worst, float(np.max(np.abs(residuals))))
+        self._slack = self._fit_slack()
+
+    def _prior_density(self, x: _Array, y: _Array) -> tuple[_Array, _Array]:
+        """Means and standard deviations of the coefficients before any observation, shape (4,) each."""
+        prior = self.prior
+        mean = np.array([prior.fixed_bytes, prior.per_token_bytes, prior.per_sequence_bytes, prior.per_square_bytes])
+        # The scale of the doubt about one token: half of the formula, or without one what the observations show.
+        token = prior.per_token_bytes or (float(np.max(y / x[:, 1])) if len(y) else 1.0)
+        deviation = np.array(
+            [
+                prior.fixed_bytes + 256 * token,  # workspaces: about as much as a small micro-batch
+                0.5 * token,
+                prior.per_sequence_bytes + token,
+                # A few hundredths of a whole mask where none is expected, for a kernel that makes one after all.
+                0.25 * prior.per_square_bytes + 3e-6 * token,
+            ]
+        )
+        return mean, deviation
+
+    def _fit_slack(self) -> tuple[float, float]:
+        """The tightest (share, fixed) with ``resident <= predicted*(1 + share) + fixed`` for all observations."""
+        seen = [(self._predict(o.shape), o.resident_bytes) for o in self._observations if o.resident_bytes is not None]
+        if not seen:
+            return RESIDENT_FACTOR - 1, 0.0
+        predicted = np.maximum(np.array([p for p, _ in seen]), 1.0)
+        slack = np.array([r for _, r in seen], dtype=np.float64) - predicted
+        shares = np.linspace(0.0, max(float(np.max(slack / predicted)), 0.0), 33)
+        fixed = np.maximum(np.max(slack[None, :] - shares[:, None] * predicted[None, :], axis=1), 0.0)
+        best = int(np.argmin(shares * len(seen) + fixed * np.sum(1 / predicted)))  # least total relative slack
+        return float(shares[best]) + RESIDENT_MARGIN, float(fixed[best])
+
+    # ------------------------------------------------------------- persisting
+
+    def to_json(self) -> str:
+        """Everything learnt, with its key, as JSON of version :data:`SCHEMA`."""
+        observations = [
+            [o.shape.tokens, o.shape.sequences, o.shape.squares, o.shape.longest, o.live_bytes, o.resident_bytes]
+            for o in self._observations
+        ]
+        state = {
+            "schema": SCHEMA,
+            "key": asdict(self.key),
+            "prior": asdict(self.prior),
+            "observations": observations,
+            "probes": self._rungs,
+            "worst": self._worst,
+            "target_tokens": self.target_tokens,
+            "lanes": self.lanes,
+        }
+        return json.dumps(state, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> CostModel:
+        """The model that :meth:`to_json` wrote. Raises ``ValueError`` for anything else."""
+        try:
+            state = json.loads(text)
+            if not isinstance(state, dict) or state.get("schema") != SCHEMA:
+                raise ValueError("not a cost model of this version")
+            if not all(isinstance(value, str) for value in state["key"].values()):
+                raise ValueError("a key that is not text")
+            model = cls(CostKey(**state["key"]), CostPrior(**state["prior"]))
+            for row in state["observations"]:
+                *numbers, live, resident = (None if value is None else _whole(value) for value in row)
+                shape = BatchShape(*(_whole(value, least=1) for value in numbers))
+                model._observations.append(_Observation(shape, live, resident))
+            if len(model._observations) > _MAX_OBSERVATIONS:
+                raise ValueError("more observations than are ever kept")
+            model._rungs = [_whole(value, least=1) for value in state["probes"]][:PROBES]
+            model._worst = float(state["worst"])
+            if not 0 <= model._worst < math.inf:
+                raise ValueError("a margin out of range")
+            for name in ("target_tokens", "lanes"):
+                value = state[name]
+                setattr(model, name, None if value is None else _whole(value, least=1))
+        except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            raise ValueError(f"not a cost model: {type(error).__name__}") from error
+        return model
+
+
+def _whole(value: Any, *, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 62:
+        raise ValueError("a number out of range")
+    return value
+
+
+def _fit(x: _Array, y: _Array, mean: _Array, deviation: _Array) -> tuple[_Array, _Array, _Array]:
+    """Most probable coefficients >= 0, their covariance, and the relative residuals (measured / predicted - 1).
+
+    x: shape (n, 4); y: shape (n,), bytes. Residuals are weighed relatively: 1 % counts the same at every size.
+    """
+    rows = x / y[:, None] * deviation  # columns scaled by the prior's deviations: well-conditioned, unit-free
+    start = mean / deviation
+
+    def solve(noise: float) -> tuple[_Array, _Array, _Array, int]:
+        matrix = np.vstack([rows / noise, np.eye(4)])
+        z = _non_negative_least_squares(matrix, np.concatenate([np.full(len(y), 1 / noise), start]))
+        return z, matrix, 1 / np.maximum(rows @ z, 1e-9) - 1, int(np.count_nonzero(z))
+
+    noise = _NOISE
+    z, matrix, residuals, active = solve(1e-6)
+    if len(y) <= active or float(np.max(np.abs(residuals))) > _EXACT:
+        freedom = max(len(y) - active, 0)
+        noise = math.sqrt((_NOISE_WEIGHT * _NOISE**2 + float(residuals @ residuals)) / (_NOISE_WEIGHT + freedom))
+        z, matrix, residuals, active = solve(noise)
+    covariance: _Array = np.linalg.inv(matrix.T @ matrix) * deviation[:, None] * deviation[None, :]
+    return z * deviation, covariance, residuals
+
+
+def _non_negative_least_squares(a: _Array, b: _Array) -> _Array:
+    """Minimise ``|a @ z - b|`` over z >= 0, shape (k,), k small: the best of all active sets, largest first."""
+    q, r = np.linalg.qr(a)
+    d = q.T @ b
+    best, best_loss = np.zeros(a.shape[1]), math.inf
+    for active in _subsets(a.shape[1]):
+        z = np.zeros(a.shape[1])
+        if active:
+            z[active] = np.linalg.lstsq(r[:, active], d, rcond=None)[0]
+        if np.all(z >= 0):
+            loss = float(np.sum((r @ z - d) ** 2))
+            if loss < best_loss:
+                best, best_loss = z, loss
+            if len(active) == a.shape[1]:
+                break  # the unconstrained optimum is allowed
+    return best
+
+
+def _subsets(count: int) -> Iterator[list[int]]:
+    for size in range(count, -1, -1):
+        for active in combinations(range(count), size):
+            yield list(active)
