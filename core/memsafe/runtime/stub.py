@@ -8,6 +8,7 @@ written a second time, and any version's modules do.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from memsafe.runtime import packing
 
@@ -185,17 +185,17 @@ def _shallow(module: nn.Module) -> nn.Module:
     return clone
 
 
-def _slice(output: Any, encoder: nn.Module, start: int, stop: int, count: int) -> BaseModelOutputWithPooling:
-    """The output that the encoder would have given for tokens start to stop as `count` rows."""
+def _slice(output: Any, encoder: nn.Module, start: int, stop: int, count: int) -> Any:
+    """The output that the encoder would have given for tokens start to stop as `count` rows; of the same class."""
 
     def rows(tensor: Tensor) -> Tensor:
         return tensor[0, start:stop].view(count, -1, tensor.shape[-1])
 
-    hidden = rows(output.last_hidden_state)
+    given: dict[str, Any] = {"last_hidden_state": rows(output.last_hidden_state)}
+    names = {item.name for item in dataclasses.fields(output)}
     pooler = getattr(encoder, "pooler", None)
-    layers = getattr(output, "hidden_states", None)
-    return BaseModelOutputWithPooling(
-        last_hidden_state=hidden,
-        pooler_output=pooler(hidden) if pooler is not None else None,
-        hidden_states=tuple(rows(layer) for layer in layers) if layers is not None else None,
-    )
+    if pooler is not None and "pooler_output" in names:
+        given["pooler_output"] = pooler(given["last_hidden_state"])
+    if "hidden_states" in names and output.hidden_states is not None:
+        given["hidden_states"] = tuple(rows(layer) for layer in output.hidden_states)
+    return type(output)(**given)
