@@ -41,13 +41,15 @@ RESIDENT_FACTOR = 1.25
 RESIDENT_MARGIN = 0.02
 
 _MAX_OBSERVATIONS = 64
-_NOISE = 0.01
+_NOISE = 0.005
 """Expected relative scatter of a measurement, worth `_NOISE_WEIGHT` observations when the scatter is estimated."""
 _NOISE_WEIGHT = 4
 _EXACT = 2e-5
 """Relative residuals below this are rounding: the observations have no noise."""
 _DOUBT = 0.05
 """When residuals stay above this, the prior is wrong for the model; it is then given 30 times less weight."""
+_SETTLED = 16
+_REFIT_EVERY = 8
 _FORGET = 0.98
 """Per observation: how slowly a margin decays whose observation was replaced by a newer one of its shape."""
 
@@ -145,8 +147,9 @@ class CostModel:
         self._rungs: list[int] = []
         self._worst = 0.0  # largest relative residual seen, slowly forgotten once its observation is replaced
         self._stale = True
+        self._unread = 0  # measurements since the last fit
         self._c = (0.0, 0.0, 0.0, 0.0)
-        self._covariance: list[tuple[int, int, float]] = []
+        self._covariance: list[float] = []
         self._slack = (RESIDENT_FACTOR - 1, 0.0)
 
     # ---------------------------------------------------------------- asking
@@ -206,8 +209,14 @@ class CostModel:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
 
+    def token_ceiling(self, budget_bytes: int) -> int:
+        """No micro-batch with more tokens than this has a resident bound within the budget; quick, not tight."""
+        self._refresh()
+        per_token = self._c[1] * (1 + LEAST_MARGIN) * (1 + self._slack[0])
+        return int(budget_bytes / per_token) + 1 if per_token > 0 else 1 << 62
+
     def needs_probe(self, tokens: int) -> bool:
-        """Whether a micro-batch of so many tokens is worth measuring: fewer than five were, none within a factor of 2."""
+        """Whether so many tokens are worth measuring: fewer than five sizes were, and none within a factor of two."""
         return len(self._rungs) < PROBES and all(2 * tokens <= rung or tokens >= 2 * rung for rung in self._rungs)
 
     def next_probe_tokens(self) -> int | None:
@@ -235,13 +244,19 @@ class CostModel:
             self._observations.append(observation)
         else:
             self._observations[self._nearest(shape)] = observation
-        if live_bytes is not None and not self._stale:
-            # The margin must follow a surprise, but never what was merely unknown before the first measurements.
-            surprise = live_bytes / max(self._predict(shape), 1.0) - 1
-            if self.calibrated and surprise > self._worst:
-                self._worst = surprise
-        self._worst *= _FORGET
-        self._stale = True
+        self._unread += 1
+        if self._stale:
+            return
+        # The margin must follow a surprise at once, but never what was merely unknown before the first measurements.
+        predicted = max(self._predict(shape), 1.0)
+        error = 0.0 if live_bytes is None else live_bytes / predicted - 1
+        if self.calibrated:
+            self._worst = max(self._worst * _FORGET, error)
+        expected = (
+            abs(error) <= self._worst and (resident_bytes or 0) <= predicted * (1 + self._slack[0]) + self._slack[1]
+        )
+        # Once much is known, fitting again (half a millisecond) for each measurement as expected would be waste.
+        self._stale = not (expected and self.num_observations >= _SETTLED and self._unread < _REFIT_EVERY)
 
     def _nearest(self, shape: BatchShape) -> int:
         def distance(other: BatchShape) -> float:
@@ -258,8 +273,9 @@ class CostModel:
 
     def _upper(self, shape: BatchShape) -> float:
         predicted = self._predict(shape)
-        x = (1.0, float(shape.tokens), float(shape.sequences), float(shape.squares))
-        variance = sum(x[i] * x[j] * v for i, j, v in self._covariance)
+        t, n, q = shape.tokens, shape.sequences, shape.squares
+        (v00, v01, v02, v03, v11, v12, v13, v22, v23, v33) = self._covariance  # unrolled: asked for every candidate
+        variance = v00 + t * (v01 + v11 * t) + n * (v02 + v12 * t + v22 * n) + q * (v03 + v13 * t + v23 * n + v33 * q)
         # Two standard deviations of what the observations leave open; large for shapes unlike any observed.
         doubt = min(2 * math.sqrt(max(variance, 0.0)), UNCALIBRATED_MARGIN * predicted)
         return predicted * (1 + max(self._worst, LEAST_MARGIN)) + doubt + ROUNDING_BYTES
@@ -267,7 +283,7 @@ class CostModel:
     def _refresh(self) -> None:
         if not self._stale:
             return
-        self._stale = False
+        self._stale, self._unread = False, 0
         measured = [(o.shape, o.live_bytes) for o in self._observations if o.live_bytes is not None]
         x = np.array([[1.0, s.tokens, s.sequences, s.squares] for s, _ in measured], dtype=np.float64).reshape(-1, 4)
         y = np.array([live for _, live in measured], dtype=np.float64)
@@ -276,8 +292,8 @@ class CostModel:
         if len(y) > 4 and float(np.sqrt(np.mean(residuals**2))) > _DOUBT:
             coefficients, covariance, residuals = _fit(x, y, mean, 30 * deviation)
         self._c = (float(coefficients[0]), float(coefficients[1]), float(coefficients[2]), float(coefficients[3]))
-        # x'Vx as its ten distinct terms: this is asked for every candidate micro-batch.
-        self._covariance = [(i, j, float(covariance[i, j]) * (1 + (i != j))) for i in range(4) for j in range(i, 4)]
+        # The ten distinct terms of the quadratic form x'Vx, those off the diagonal doubled.
+        self._covariance = [float(covariance[i, j]) * (1 + (i != j)) for i in range(4) for j in range(i, 4)]
         if len(y):
             self._worst = max(self._worst, float(np.max(np.abs(residuals))))
         self._slack = self._fit_slack()
