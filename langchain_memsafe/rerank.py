@@ -1,0 +1,135 @@
+"""A LangChain document compressor that reranks and never runs out of memory: :class:`MemsafeRerank`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from langchain_core.documents import BaseDocumentCompressor, Document
+from pydantic import Field
+
+from langchain_memsafe._reranking import RerankerModel, relevance
+from memsafe import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from langchain_core.callbacks import Callbacks
+
+__all__ = ["MemsafeRerank"]
+
+
+class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
+    """Keeps the `top_n` documents that a cross-encoder finds most relevant, best first.
+
+    Takes the place of ``CrossEncoderReranker(model=HuggingFaceCrossEncoder(...))``. The documents it returns are
+    copies, ids kept, with ``relevance_score`` in their metadata; `parity` returns the very documents, without it.
+
+    Raises:
+        memsafe.ModelError: The model is missing, broken or not a cross-encoder.
+        memsafe.ConfigError: `top_n` is negative.
+        pydantic.ValidationError: An unknown field, or a value of the wrong type.
+    """
+
+    top_n: int | None = 3
+    """How many documents to keep; None keeps all, 0 none."""
+
+    parity: bool = False
+    """Do exactly as ``CrossEncoderReranker``: the caller's own documents, no score; a negative `top_n` drops the last."""
+
+    score_key: str = Field(default="relevance_score", min_length=1)
+    """Where in the metadata the score goes. A value that is already there is replaced."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._num_kept(self.top_n)
+
+    def compress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> Sequence[Document]:
+        """Return the most relevant of `documents`, best first; equal scores stay in the caller's order.
+
+        Args:
+            documents: Any sequence of documents; never edited.
+            query: What they are to be relevant to.
+            callbacks: Accepted as the interface asks; a compressor has nothing to call them with.
+
+        Raises:
+            memsafe.InputError: `query` is not a string, or an entry is not a document; ``index`` says which.
+        """
+        documents = list(documents)
+        texts = _texts(documents, Document)
+        if not texts:
+            return []
+        return self._keep(documents, self.reranker.score(query, texts, **self._options()))
+
+    async def acompress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> Sequence[Document]:
+        """As :meth:`compress_documents`; the event loop stays free, and cancelling the task cancels the work."""
+        documents = list(documents)
+        texts = _texts(documents, Document)
+        if not texts:
+            return []
+        reranker = await self._shared.aget(self._build)
+        return self._keep(documents, await reranker.ascore(query, texts, **self._options()))
+
+    def rerank(
+        self, documents: Sequence[str | Document], query: str, *, top_n: int | None = -1
+    ) -> list[dict[str, Any]]:
+        """Return ``{"index", "relevance_score"}`` of the most relevant of `documents`, best first.
+
+        Args:
+            documents: Texts, documents, or both.
+            query: What they are to be relevant to.
+            top_n: How many; None for all, -1 for the `top_n` of this object.
+        """
+        kept = self._num_kept(self.top_n if top_n == -1 else top_n)
+        texts = _texts(documents, (str, Document))
+        return _ranking(self.reranker.score(query, texts, **self._options()), kept) if texts else []
+
+    async def arerank(
+        self, documents: Sequence[str | Document], query: str, *, top_n: int | None = -1
+    ) -> list[dict[str, Any]]:
+        """As :meth:`rerank`; the event loop stays free, and cancelling the task cancels the work."""
+        kept = self._num_kept(self.top_n if top_n == -1 else top_n)
+        texts = _texts(documents, (str, Document))
+        if not texts:
+            return []
+        reranker = await self._shared.aget(self._build)
+        return _ranking(await reranker.ascore(query, texts, **self._options()), kept)
+
+    def _num_kept(self, top_n: int | None) -> int | None:
+        """`top_n` as the end of a slice."""
+        if top_n is not None and top_n < 0 and not self.parity:
+            raise ConfigError(f"top_n: got {top_n}; give 0 or more, or None for all documents")
+        return top_n
+
+    def _keep(self, documents: list[Document], scores: np.ndarray) -> list[Document]:
+        ranking = _ranking(scores, self._num_kept(self.top_n))
+        if self.parity:
+            return [documents[entry["index"]] for entry in ranking]
+        return [_scored(documents[entry["index"]], self.score_key, entry["relevance_score"]) for entry in ranking]
+
+
+def _ranking(scores: np.ndarray, kept: int | None) -> list[dict[str, Any]]:
+    """Best first, stable; a score that is not a number goes last."""
+    scores = relevance(scores)
+    order = np.argsort(-scores, kind="stable")[:kept]
+    return [{"index": int(index), "relevance_score": float(scores[index])} for index in order]
+
+
+def _scored(document: Document, key: str, score: float) -> Document:
+    """A copy with `score` in its metadata: id and class are kept, and the two share nothing that can be edited."""
+    return document.model_copy(update={"metadata": {**copy.deepcopy(document.metadata), key: score}})
+
+
+def _texts(documents: Any, kinds: type | tuple[type, ...]) -> list[str]:
+    if isinstance(documents, (str, bytes, Document)) or not isinstance(documents, Iterable):
+        raise InputError(f"documents: got {type(documents).__name__}; give a list of documents", index=None)
+    texts: list[str] = []
+    for index, document in enumerate(documents):
+        if not isinstance(document, kinds):
+            raise InputError(f"documents: entry {index} is {type(document).__name__}, not a document", index=index)
+        texts.append(document.page_content if isinstance(document, Document) else str(document))
+    return texts
