@@ -1,0 +1,77 @@
+"""The examples run as they are, from any folder, without a network, and find what they look for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.passages import MODULES, QUESTIONS, load_passages
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_NETWORK = """
+import socket
+def refuse(self, address, *rest):
+    raise OSError(f"an example tried to reach the network: {address!r}")
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = lambda *a, **k: refuse(None, a)
+"""
+
+
+@pytest.fixture
+def offline(tmp_path: Path) -> dict[str, str]:
+    """An environment whose Python refuses every connection."""
+    (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
+    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("example", ["quickstart", "llama_index_rag", "langchain_rag", "demo"])
+def test_example_runs_offline(example: str, offline: dict[str, str], demo_reranker: str, tmp_path: Path) -> None:
+    """Without arguments and without a network, each ends well and ranks the right passage first."""
+    command = [sys.executable, str(ROOT / "examples" / f"{example}.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    asked = [(question, answer) for question, answer in QUESTIONS.items() if question in lines]
+    assert len(asked) == (3 if example == "demo" else 1)
+    for question, answer in asked:
+        assert answer in lines[lines.index(question) + 1]
+    if example in {"demo", "quickstart"}:
+        for figure in ("micro-batches", "padding", "budget", "measured", "process peak"):
+            assert figure in done.stdout
+
+
+def test_passages_are_real_and_varied() -> None:
+    """A few hundred distinct passages, each question's answer among them, lengths spread over two orders of magnitude."""
+    passages = load_passages()
+    assert passages == load_passages()
+    names = [passage.name for passage in passages]
+    lengths = sorted(len(passage.text) for passage in passages)
+    assert 200 <= len(names) == len(set(names)) <= 500
+    assert len({passage.text for passage in passages}) == len(names)
+    assert set(QUESTIONS.values()) <= set(names)
+    assert {name.split(".")[0] for name in names} == set(MODULES)
+    assert lengths[0] < 50
+    assert lengths[len(lengths) // 2] > 150
+    assert lengths[-1] > 5000
+
+
+def test_demo_reranker_ranks_better_than_chance(demo_reranker: str) -> None:
+    """The packaged reranker is a real one: over all passages, the right one is nearer the top than chance would put it."""
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(demo_reranker, device="cpu", max_length=128)
+    passages = load_passages()[::8]
+    texts = {passage.name: passage.text for passage in passages}
+    texts |= {passage.name: passage.text for passage in load_passages() if passage.name in QUESTIONS.values()}
+    places = []
+    for question, answer in QUESTIONS.items():
+        scores = model.predict([(question, text) for text in texts.values()], show_progress_bar=False)
+        right = scores[list(texts).index(answer)]
+        places.append(float((scores > right).mean()))
+    assert sum(places) / len(places) < 0.2

@@ -1,0 +1,61 @@
+"""Rules of the house that no linter knows."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted(
+    path for folder in ("core", "llama_index_memsafe", "langchain_memsafe") for path in (ROOT / folder).rglob("*.py")
+)
+MEMORY_APIS = {
+    "clear_refs",
+    "current_allocated_memory",
+    "driver_allocated_memory",
+    "empty_cache",
+    "getrlimit",
+    "mallopt",
+    "malloc_trim",
+    "max_memory_allocated",
+    "max_memory_reserved",
+    "mem_get_info",
+    "memory_allocated",
+    "memory_reserved",
+    "memory_stats",
+    "psutil",
+    "recommended_max_memory",
+    "reset_peak_memory_stats",
+    "set_per_process_memory_fraction",
+    "virtual_memory",
+}
+MAY_CALL_THEM = {"core/memsafe/runtime/device.py", "core/memsafe/runtime/allocator.py"}
+
+
+def code(path: Path) -> Iterator[tuple[int, str]]:
+    """Names, attributes and imported names in the code of `path`, with their lines; comments and strings don't count."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            for alias in node.names:
+                yield node.lineno, alias.name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_memory_apis_are_called_in_one_place(path: Path) -> None:
+    """Only runtime/device.py and runtime/allocator.py ask torch or the system about memory."""
+    if path.relative_to(ROOT).as_posix() not in MAY_CALL_THEM:
+        assert [(line, name) for line, name in code(path) if name in MEMORY_APIS] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_assert_checks_input(path: Path) -> None:
+    """`python -O` removes asserts, so none of ours may matter: the packages hold none."""
+    found = [node.lineno for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Assert)]
+    assert found == []
