@@ -3,11 +3,12 @@
 * :class:`MemsafeError`
 
   * :class:`ConfigError` (also ``ValueError``): an option is unknown or out of range.
+
+    * :class:`ModelError`: a model is missing, broken or of the wrong kind.
+
+      * :class:`ModelTooLargeError`: the weights do not fit into the memory that is free.
+
   * :class:`InputError` (also ``ValueError``): a text, pair or list cannot be used.
-  * :class:`ModelError` (also ``ValueError``): a model is missing, broken or of the wrong kind.
-
-    * :class:`ModelTooLargeError`: the weights do not fit into the memory that is free.
-
   * :class:`InputTooLargeError`: one input does not fit alone, whatever is tried.
   * :class:`RecoveryExhaustedError`: memory stayed short after everything the policy allows.
   * :class:`BusyError`: the queue is full and the policy says not to wait.
@@ -70,7 +71,7 @@ class InputError(MemsafeError, ValueError):
     index: int | None = None
 
 
-class ModelError(MemsafeError, ValueError):
+class ModelError(ConfigError):
     """A model folder is missing, empty, half-written or of the wrong kind."""
 
 
@@ -82,12 +83,18 @@ class ModelTooLargeError(ModelError):
 
 
 class InputTooLargeError(MemsafeError):
-    """One input does not fit alone. Attributes: ``index``, ``num_tokens``, ``need_bytes``, ``free_bytes``."""
+    """One input does not fit alone. Attributes: ``index``, ``num_tokens``, ``need_bytes``, ``free_bytes``.
+
+    Raised when everything else of the call is done: ``partial`` holds those results (float32, the caller's order; the
+    rows of ``failed``, positions in the caller's list, are NaN), or None if nothing was done.
+    """
 
     index: int
     num_tokens: int
     need_bytes: int
     free_bytes: int
+    partial: Any = None
+    failed: list[int] = []  # noqa: RUF012 - replaced, never changed in place
 
 
 class RecoveryExhaustedError(MemsafeError):
