@@ -108,7 +108,8 @@ class Failure:
     attempt: how often these very inputs have failed, by any strategy, this time included; 1 for the first.
     alone: one input only.
     tokens: of the inputs themselves.
-    rungs_used: fallbacks already used for this input, or impossible for this model.
+    rungs_used: fallbacks already used for this input.
+    rungs_impossible: fallbacks that this model or device cannot do.
     waited_s: seconds waited for this input so far.
     has_neighbours: whether other processes, or micro-batches in flight, hold memory that may come free.
     device_kind: ``"cuda"``, ``"cpu"``, ...
@@ -120,6 +121,7 @@ class Failure:
     alone: bool
     tokens: int
     rungs_used: tuple[str, ...] = ()
+    rungs_impossible: tuple[str, ...] = ()
     waited_s: float = 0.0
     has_neighbours: bool = False
     device_kind: str = "cpu"
@@ -154,7 +156,9 @@ class RecoveryPolicy:
         return min(waited_s + FIRST_WAIT_S, LONGEST_WAIT_S, left) if left >= _LEAST_WAIT_S else 0.0
 
     def _possible(self, failure: Failure) -> list[str]:
-        pointless = {"half"} if failure.half else set()
+        pointless = set(failure.rungs_impossible)
+        if failure.half:
+            pointless.add("half")
         if failure.device_kind == "cpu":
             pointless.add("cpu")
         return [rung for rung in FALLBACKS if rung not in pointless]
@@ -163,10 +167,10 @@ class RecoveryPolicy:
         tried = ["released the cache and retried"]
         if failure.waited_s:
             tried.append(f"waited {failure.waited_s:.1f} s")
-        tried += [f"fell back to {rung!r}" for rung in failure.rungs_used if rung in self._fallback]
-        untried = [rung for rung in possible if rung not in self._fallback and rung not in failure.rungs_used]
+        tried += [f"fell back to {rung!r}" for rung in failure.rungs_used]
+        untried = [rung for rung in possible if rung not in self._fallback]
         remedy = "lower max_length"
         if untried:
-            allowed = ", ".join(repr(rung) for rung in FALLBACKS if rung in self._fallback or rung in untried)
-            remedy += f", or allow more fallbacks: MemoryPolicy(fallback=({allowed},))"
+            allowed = tuple(rung for rung in FALLBACKS if rung in self._fallback or rung in untried)
+            remedy += f", or allow more fallbacks: MemoryPolicy(fallback={allowed})"
         return f"one input of {failure.tokens:,} tokens: {', '.join(tried)}; {remedy}"

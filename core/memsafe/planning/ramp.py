@@ -1,0 +1,158 @@
+"""How large micro-batches should be, and how many should run side by side: found by measuring real work.
+
+Past a knee larger micro-batches are not faster; on a CPU they get slower, because activations leave the cache. Both
+searches here keep the best measurement of each candidate: noise on a shared machine only ever slows.
+"""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["LaneChoice", "Ramp"]
+
+_FILLED = 0.7
+"""A micro-batch counts for a size if it holds at least this fraction of it."""
+
+
+class Ramp:
+    """The size of the next micro-batch while the best one is unknown: doubling, until doubling no longer pays.
+
+    policy_knee: a size counts as better only if it is faster than the best so far by more than this fraction.
+    start_tokens: the first size. ceiling: never beyond this; None for no ceiling (see also :meth:`limit`).
+
+    A size that is not better is measured once more, and then one size further is looked at before stopping: single
+    measurements on shared machines are noisy. The first micro-batch of all only warms up and does not count.
+    """
+
+    def __init__(self, policy_knee: float, start_tokens: int = 256, ceiling: int | None = None) -> None:
+        if not 0 <= policy_knee < math.inf:
+            raise ValueError(f"policy_knee: got {policy_knee}; give a finite fraction of at least 0")
+        if start_tokens < 1 or (ceiling is not None and ceiling < 1):
+            raise ValueError("start_tokens and ceiling must be at least 1")
+        self._knee = policy_knee
+        self._ceiling = ceiling
+        self._sizes = [start_tokens if ceiling is None else min(start_tokens, ceiling)]
+        self._rates: dict[int, float] = {}  # size -> best rate seen, in tokens (or cost units) per second
+        self._samples = 0  # of the current size
+        self._warm = False
+        self._best: int | None = None
+        self._target: int | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens the next micro-batch should hold at most."""
+        return self._sizes[-1] if self._target is None else self._target
+
+    @property
+    def done(self) -> bool:
+        return self._target is not None
+
+    @property
+    def target_tokens(self) -> int | None:
+        """The best size; None until :attr:`done`."""
+        return self._target
+
+    def limit(self, ceiling: int) -> None:
+        """Never go beyond `ceiling` tokens from now on, for example because the budget does not allow more."""
+        self._ceiling = max(ceiling, 1) if self._ceiling is None else max(min(self._ceiling, ceiling), 1)
+        if self._target is not None:
+            self._target = min(self._target, self._ceiling)
+        elif self.max_tokens > self._ceiling:
+            if self._best is not None:
+                self._target = min(self._best, self._ceiling)
+            else:
+                self._sizes, self._samples = [self._ceiling], 0
+
+    def record(self, tokens: int, seconds: float, cost_units: float | None = None) -> None:
+        """Tell what a micro-batch took. Those much smaller than :attr:`max_tokens` (too little work) do not count.
+
+        cost_units: its arithmetic, in any unit, so that micro-batches of different sequence lengths can be
+        compared; None: its tokens. Give it always or never.
+        """
+        if self.done or seconds <= 0 or tokens < _FILLED * self.max_tokens:
+            return
+        if not self._warm:
+            self._warm = True
+            return
+        size = self.max_tokens
+        rate = (tokens if cost_units is None else cost_units) / seconds
+        self._rates[size] = max(rate, self._rates.get(size, 0.0))
+        self._samples += 1
+        best_rate = 0.0 if self._best is None else self._rates[self._best]
+        if self._best in (None, size) or self._rates[size] > best_rate * (1 + self._knee):
+            self._best = size
+            self._grow()
+        elif self._samples >= 2:
+            # The second size in a row that is not better than the best: enough.
+            if len(self._sizes) > 1 and self._sizes[-2] != self._best:
+                self._target = self._best
+            else:
+                self._grow()
+
+    def _grow(self) -> None:
+        size = self._sizes[-1]
+        larger = 2 * size if self._ceiling is None else min(2 * size, self._ceiling)
+        if larger < 1.5 * size:  # the ceiling is near: hardly anything new to learn there
+            self._target = self._best
+        else:
+            self._sizes.append(larger)
+            self._samples = 0
+
+
+class LaneChoice:
+    """How many micro-batches run side by side, each on its share of the cores; found by tokens/s.
+
+    Candidates are (lanes, threads per lane) with ``lanes * threads == num_cores``: 1 x N, 2 x N/2, 4 x N/4, ...,
+    N x 1. Each is tried for `window_s` seconds of wall clock; the search stops early once two in a row are worse.
+    max_lanes: never more lanes than this, for example for memory's sake.
+    """
+
+    def __init__(self, num_cores: int, *, window_s: float = 1.0, max_lanes: int | None = None) -> None:
+        if num_cores < 1:
+            raise ValueError(f"num_cores: got {num_cores}; give at least 1")
+        most = num_cores if max_lanes is None else max(min(num_cores, max_lanes), 1)
+        lanes = [1 << power for power in range(num_cores.bit_length()) if num_cores % (1 << power) == 0]
+        if lanes[-1] != num_cores:
+            lanes.append(num_cores)
+        self.candidates = [(count, num_cores // count) for count in lanes if count <= most]
+        self._window_s = window_s
+        self._position = 0
+        self._rates: list[float] = []
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self._warm = False
+        self._choice: tuple[int, int] | None = self.candidates[0] if len(self.candidates) == 1 else None
+
+    @property
+    def done(self) -> bool:
+        return self._choice is not None
+
+    @property
+    def rates(self) -> dict[tuple[int, int], float]:
+        """Tokens (or cost units) per second of the candidates measured so far."""
+        return dict(zip(self.candidates, self._rates, strict=False))
+
+    def current(self) -> tuple[int, int]:
+        """(lanes, threads per lane) to run with now: the candidate being measured, or the choice once done."""
+        return self.candidates[self._position] if self._choice is None else self._choice
+
+    def record(self, tokens: float, seconds: float) -> None:
+        """Tell that all lanes together finished `tokens` (or cost units) in `seconds` of wall clock.
+
+        The first record of each candidate only warms up (new threads, memory touched for the first time).
+        """
+        if self.done or seconds <= 0:
+            return
+        if not self._warm:
+            self._warm = True
+            return
+        self._tokens += tokens
+        self._seconds += seconds
+        if self._seconds < self._window_s:
+            return
+        self._rates.append(self._tokens / self._seconds)
+        self._position += 1
+        self._tokens, self._seconds, self._warm = 0.0, 0.0, False
+        best = max(range(len(self._rates)), key=self._rates.__getitem__)
+        if self._position == len(self.candidates) or self._position - best > 2:
+            self._choice = self.candidates[best]
