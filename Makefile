@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check --no-input install -qq
+LOWEST_TORCH ?= 2.6.0
 SOURCES = core llama_index_memsafe langchain_memsafe
 
 .DEFAULT_GOAL := help
@@ -62,9 +63,11 @@ $(VENV)/.test-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(PIP) -c constraints.txt -e ".[all]" --group test
 	@touch $(VENV)/.demo-ready $@
 
+# LOWEST_TORCH=2.13.0 (say) tests the other lowest versions with a torch that is at hand.
 $(VENV)-lowest/.ready: pyproject.toml constraints-lowest.txt
 	@test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
 	@echo "Installing the oldest supported versions into $(VENV)-lowest"
+	@sed 's/^torch==.*/torch==$(LOWEST_TORCH)/' constraints-lowest.txt > $(VENV)-lowest/constraints.txt
 	@$(VENV)-lowest/bin/python -m pip install -qq "pip>=25.1"
-	@$(VENV)-lowest/bin/python -m pip install -qq -c constraints-lowest.txt -e ".[all]" --group lowest
+	@$(VENV)-lowest/bin/python -m pip install -qq -c $(VENV)-lowest/constraints.txt -e ".[all]" --group lowest
 	@touch $@
