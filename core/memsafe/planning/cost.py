@@ -48,6 +48,9 @@ _EXACT = 2e-5
 """Relative residuals below this are rounding: the observations have no noise."""
 _DOUBT = 0.05
 """When residuals stay above this, the prior is wrong for the model; it is then given 30 times less weight."""
+_REFUTED = 1.6
+"""A newer measurement of about the same shape refutes an older one that was larger per token by more than this: other
+work in the process was counted in, and would inflate the margin for long. Alignment explains up to 1.5."""
 _SETTLED = 16
 _REFIT_EVERY = 8
 _FORGET = 0.98
@@ -233,17 +236,15 @@ class CostModel:
         live_bytes: peak of tensors. resident_bytes: by how much the process (resident set, or bytes reserved by the
         caching allocator) grew at most; less than `live_bytes` where memory was reused.
         """
+        # Nothing seen to be allocated is no measurement; plain ints, since what callers measure with may be numpy's.
+        live_bytes = int(live_bytes) if live_bytes and live_bytes > 0 else None
+        resident_bytes = None if resident_bytes is None else max(int(resident_bytes), 0)
         if (live_bytes is None and resident_bytes is None) or shape.tokens < 1 or shape.sequences < 1:
             return
-        if live_bytes is not None and live_bytes < 1:
-            live_bytes = None  # nothing was seen to be allocated: no measurement
+        shape = BatchShape(int(shape.tokens), int(shape.sequences), int(shape.squares), int(shape.longest))
         if self.needs_probe(shape.tokens):
             self._rungs.append(shape.tokens)
-        observation = _Observation(shape, live_bytes, resident_bytes)
-        if len(self._observations) < _MAX_OBSERVATIONS:
-            self._observations.append(observation)
-        else:
-            self._observations[self._nearest(shape)] = observation
+        self._keep(_Observation(shape, live_bytes, resident_bytes))
         self._unread += 1
         if self._stale:
             return
@@ -252,18 +253,27 @@ class CostModel:
         error = 0.0 if live_bytes is None else live_bytes / predicted - 1
         if self.calibrated:
             self._worst = max(self._worst * _FORGET, error)
-        expected = (
-            abs(error) <= self._worst and (resident_bytes or 0) <= predicted * (1 + self._slack[0]) + self._slack[1]
-        )
+        resident_limit = predicted * (1 + self._slack[0]) + self._slack[1]
+        expected = abs(error) <= max(self._worst, LEAST_MARGIN) and (resident_bytes or 0) <= resident_limit
         # Once much is known, fitting again (half a millisecond) for each measurement as expected would be waste.
         self._stale = not (expected and self.num_observations >= _SETTLED and self._unread < _REFIT_EVERY)
 
-    def _nearest(self, shape: BatchShape) -> int:
-        def distance(other: BatchShape) -> float:
-            pairs = ((shape.tokens, other.tokens), (shape.sequences, other.sequences), (shape.squares, other.squares))
-            return sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in pairs)
-
-        return min(range(len(self._observations)), key=lambda i: distance(self._observations[i].shape))
+    def _keep(self, new: _Observation) -> None:
+        """Store `new`; drop what it refutes, or when full the observation of the nearest shape."""
+        if new.live_bytes is not None:
+            bound = new.live_bytes / new.shape.tokens * _REFUTED
+            kept = [
+                o
+                for o in self._observations
+                if o.live_bytes is None or o.live_bytes <= bound * o.shape.tokens or _distance(o.shape, new.shape) > 0.5
+            ]
+            if len(kept) < len(self._observations):
+                self._observations, self._worst, self._stale = kept, 0.0, True
+        if len(self._observations) < _MAX_OBSERVATIONS:
+            self._observations.append(new)
+        else:
+            distances = [_distance(o.shape, new.shape) for o in self._observations]
+            self._observations[distances.index(min(distances))] = new
 
     # --------------------------------------------------------------- fitting
 
@@ -322,9 +332,13 @@ class CostModel:
             return RESIDENT_FACTOR - 1, 0.0
         predicted = np.maximum(np.array([p for p, _ in seen]), 1.0)
         slack = np.array([r for _, r in seen], dtype=np.float64) - predicted
+        share = slack / predicted
+        if len(seen) >= 8 and np.max(share) > 1 + 2 * max(np.partition(share, -2)[-2], 0.0):
+            # One measurement far off all others: something else in the process grew meanwhile.
+            predicted, slack = np.delete(predicted, np.argmax(share)), np.delete(slack, np.argmax(share))
         shares = np.linspace(0.0, max(float(np.max(slack / predicted)), 0.0), 33)
         fixed = np.maximum(np.max(slack[None, :] - shares[:, None] * predicted[None, :], axis=1), 0.0)
-        best = int(np.argmin(shares * len(seen) + fixed * np.sum(1 / predicted)))  # least total relative slack
+        best = int(np.argmin(shares * len(slack) + fixed * np.sum(1 / predicted)))  # least total relative slack
         return float(shares[best]) + RESIDENT_MARGIN, float(fixed[best])
 
     # ------------------------------------------------------------- persisting
@@ -373,6 +387,12 @@ class CostModel:
         except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"not a cost model: {type(error).__name__}") from error
         return model
+
+
+def _distance(a: BatchShape, b: BatchShape) -> float:
+    """How unlike two shapes are: the sum of the absolute log ratios of tokens, sequences and squares."""
+    ratios = ((a.tokens, b.tokens), (a.sequences, b.sequences), (a.squares, b.squares))
+    return sum(abs(math.log(max(p, 1) / max(q, 1))) for p, q in ratios)
 
 
 def _whole(value: Any, *, least: int = 0) -> int:

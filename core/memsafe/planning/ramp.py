@@ -104,10 +104,13 @@ class LaneChoice:
 
     Candidates are (lanes, threads per lane) with ``lanes * threads == num_cores``: 1 x N, 2 x N/2, 4 x N/4, ...,
     N x 1. Each is tried for `window_s` seconds of wall clock; the search stops early once two in a row are worse.
+    Of candidates within `knee` of the fastest the one with the fewest lanes wins: lanes multiply memory.
     max_lanes: never more lanes than this, for example for memory's sake.
     """
 
-    def __init__(self, num_cores: int, *, window_s: float = 1.0, max_lanes: int | None = None) -> None:
+    def __init__(
+        self, num_cores: int, *, window_s: float = 1.0, knee: float = 0.02, max_lanes: int | None = None
+    ) -> None:
         if num_cores < 1:
             raise ValueError(f"num_cores: got {num_cores}; give at least 1")
         most = num_cores if max_lanes is None else max(min(num_cores, max_lanes), 1)
@@ -116,6 +119,7 @@ class LaneChoice:
             lanes.append(num_cores)
         self.candidates = [(count, num_cores // count) for count in lanes if count <= most]
         self._window_s = window_s
+        self._knee = knee
         self._position = 0
         self._rates: list[float] = []
         self._tokens = 0.0
@@ -155,4 +159,5 @@ class LaneChoice:
         self._tokens, self._seconds, self._warm = 0.0, 0.0, False
         best = max(range(len(self._rates)), key=self._rates.__getitem__)
         if self._position == len(self.candidates) or self._position - best > 2:
-            self._choice = self.candidates[best]
+            enough = self._rates[best] / (1 + self._knee)
+            self._choice = next(c for c, rate in zip(self.candidates, self._rates, strict=False) if rate >= enough)
