@@ -11,15 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from itertools import combinations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from memsafe.planning.batch import BatchShape
+from memsafe.planning.fit import FloatArray, fit
 
 __all__ = ["SCHEMA", "CostKey", "CostModel", "CostPrior"]
 
@@ -28,7 +26,6 @@ SCHEMA = 1
 
 PROBES = 5
 """Measured shapes, at least a factor of two apart in tokens, after which a model's cost counts as known."""
-FIRST_PROBE_TOKENS = 256
 
 UNCALIBRATED_MARGIN = 0.5
 """The first bound is 1.5 times the prior: its formula was within 1 % of BERT and GTE, but kernels and heads differ."""
@@ -41,11 +38,6 @@ RESIDENT_FACTOR = 1.25
 RESIDENT_MARGIN = 0.02
 
 _MAX_OBSERVATIONS = 64
-_NOISE = 0.005
-"""Expected relative scatter of a measurement, worth `_NOISE_WEIGHT` observations when the scatter is estimated."""
-_NOISE_WEIGHT = 4
-_EXACT = 2e-5
-"""Relative residuals below this are rounding: the observations have no noise."""
 _DOUBT = 0.05
 """When residuals stay above this, the prior is wrong for the model; it is then given 30 times less weight."""
 _REFUTED = 1.6
@@ -55,8 +47,6 @@ _SETTLED = 16
 _REFIT_EVERY = 8
 _FORGET = 0.98
 """Per observation: how slowly a margin decays whose observation was replaced by a newer one of its shape."""
-
-_Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -222,12 +212,6 @@ class CostModel:
         """Whether so many tokens are worth measuring: fewer than five sizes were, and none within a factor of two."""
         return len(self._rungs) < PROBES and all(2 * tokens <= rung or tokens >= 2 * rung for rung in self._rungs)
 
-    def next_probe_tokens(self) -> int | None:
-        """The size of the next probe, twice the largest so far from 256 tokens on; None once there were five."""
-        if len(self._rungs) >= PROBES:
-            return None
-        return 2 * max(self._rungs) if self._rungs else FIRST_PROBE_TOKENS
-
     # -------------------------------------------------------------- learning
 
     def observe(self, shape: BatchShape, live_bytes: int | None, resident_bytes: int | None = None) -> None:
@@ -242,7 +226,7 @@ class CostModel:
         if (live_bytes is None and resident_bytes is None) or shape.tokens < 1 or shape.sequences < 1:
             return
         shape = BatchShape(int(shape.tokens), int(shape.sequences), int(shape.squares), int(shape.longest))
-        if self.needs_probe(shape.tokens):
+        if live_bytes is not None and self.needs_probe(shape.tokens):
             self._rungs.append(shape.tokens)
         self._keep(_Observation(shape, live_bytes, resident_bytes))
         self._unread += 1
@@ -298,9 +282,9 @@ class CostModel:
         x = np.array([[1.0, s.tokens, s.sequences, s.squares] for s, _ in measured], dtype=np.float64).reshape(-1, 4)
         y = np.array([live for _, live in measured], dtype=np.float64)
         mean, deviation = self._prior_density(x, y)
-        coefficients, covariance, residuals = _fit(x, y, mean, deviation)
+        coefficients, covariance, residuals = fit(x, y, mean, deviation)
         if len(y) > 4 and float(np.sqrt(np.mean(residuals**2))) > _DOUBT:
-            coefficients, covariance, residuals = _fit(x, y, mean, 30 * deviation)
+            coefficients, covariance, residuals = fit(x, y, mean, 30 * deviation)
         self._c = (float(coefficients[0]), float(coefficients[1]), float(coefficients[2]), float(coefficients[3]))
         # The ten distinct terms of the quadratic form x'Vx, those off the diagonal doubled.
         self._covariance = [float(covariance[i, j]) * (1 + (i != j)) for i in range(4) for j in range(i, 4)]
@@ -308,7 +292,7 @@ class CostModel:
             self._worst = max(self._worst, float(np.max(np.abs(residuals))))
         self._slack = self._fit_slack()
 
-    def _prior_density(self, x: _Array, y: _Array) -> tuple[_Array, _Array]:
+    def _prior_density(self, x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Means and standard deviations of the coefficients before any observation, shape (4,) each."""
         prior = self.prior
         mean = np.array([prior.fixed_bytes, prior.per_token_bytes, prior.per_sequence_bytes, prior.per_square_bytes])
@@ -399,50 +383,3 @@ def _whole(value: Any, *, least: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 62:
         raise ValueError("a number out of range")
     return value
-
-
-def _fit(x: _Array, y: _Array, mean: _Array, deviation: _Array) -> tuple[_Array, _Array, _Array]:
-    """Most probable coefficients >= 0, their covariance, and the relative residuals (measured / predicted - 1).
-
-    x: shape (n, 4); y: shape (n,), bytes. Residuals are weighed relatively: 1 % counts the same at every size.
-    """
-    rows = x / y[:, None] * deviation  # columns scaled by the prior's deviations: well-conditioned, unit-free
-    start = mean / deviation
-
-    def solve(noise: float) -> tuple[_Array, _Array, _Array, int]:
-        matrix = np.vstack([rows / noise, np.eye(4)])
-        z = _non_negative_least_squares(matrix, np.concatenate([np.full(len(y), 1 / noise), start]))
-        return z, matrix, 1 / np.maximum(rows @ z, 1e-9) - 1, int(np.count_nonzero(z))
-
-    noise = _NOISE
-    z, matrix, residuals, active = solve(1e-6)
-    if len(y) <= active or float(np.max(np.abs(residuals))) > _EXACT:
-        freedom = max(len(y) - active, 0)
-        noise = math.sqrt((_NOISE_WEIGHT * _NOISE**2 + float(residuals @ residuals)) / (_NOISE_WEIGHT + freedom))
-        z, matrix, residuals, active = solve(noise)
-    covariance: _Array = np.linalg.inv(matrix.T @ matrix) * deviation[:, None] * deviation[None, :]
-    return z * deviation, covariance, residuals
-
-
-def _non_negative_least_squares(a: _Array, b: _Array) -> _Array:
-    """Minimise ``|a @ z - b|`` over z >= 0, shape (k,), k small: the best of all active sets, largest first."""
-    q, r = np.linalg.qr(a)
-    d = q.T @ b
-    best, best_loss = np.zeros(a.shape[1]), math.inf
-    for active in _subsets(a.shape[1]):
-        z = np.zeros(a.shape[1])
-        if active:
-            z[active] = np.linalg.lstsq(r[:, active], d, rcond=None)[0]
-        if np.all(z >= 0):
-            loss = float(np.sum((r @ z - d) ** 2))
-            if loss < best_loss:
-                best, best_loss = z, loss
-            if len(active) == a.shape[1]:
-                break  # the unconstrained optimum is allowed
-    return best
-
-
-def _subsets(count: int) -> Iterator[list[int]]:
-    for size in range(count, -1, -1):
-        for active in combinations(range(count), size):
-            yield list(active)

@@ -59,8 +59,7 @@ class BatchPlanner:
         """The next micro-batch of a backlog sorted by :meth:`order`: as many inputs from `start` on as fit.
 
         Computed tokens stay within `max_tokens` and the cost's resident bound within the budget, except that one input
-        is always returned: whether it fits alone is for the caller to judge. If what is left after a full
-        micro-batch were less than a third of one, the two are made about equal. Raises ``IndexError`` past the end.
+        is always returned: whether it fits alone is for the caller to judge. Raises ``IndexError`` past the end.
         """
         if not 0 <= start < len(backlog):
             raise IndexError(f"start: got {start}, but the backlog has {len(backlog)} inputs")
@@ -96,16 +95,7 @@ class BatchPlanner:
             tokens, squares = totals[rows - 1]
             return cost.resident_bound(BatchShape(tokens, rows, squares, longest)) <= budget_bytes
 
-        rows = _most(fits, len(totals))
-        end, left, little = start + rows, 0, max_tokens // 3
-        while end < len(backlog) and left < little:
-            left += backlog[end].num_tokens
-            end += 1
-        if rows > 1 and 0 < left < little and end == len(backlog):
-            half = (totals[rows - 1][0] + left) / 2
-            while rows > 1 and totals[rows - 2][0] >= half:
-                rows -= 1
-        return rows
+        return _most(fits, len(totals))
 
     def _padded_rows(
         self,
@@ -121,10 +111,7 @@ class BatchPlanner:
         def fits(rows: int) -> bool:
             return cost.resident_bound(BatchShape(width * rows, rows, width * width * rows, width)) <= budget_bytes
 
-        most = min(stop - start, max(max_tokens // width, 1))
-        rows = _most(fits, most)
-        left = len(backlog) - start - rows
-        return (rows + left + 1) // 2 if rows > 1 and 0 < 3 * left < rows else rows
+        return _most(fits, min(stop - start, max(max_tokens // width, 1)))
 
 
 def _length(item: TokenizedInput) -> int:

@@ -10,8 +10,8 @@ import math
 
 __all__ = ["LaneChoice", "Ramp"]
 
-_FILLED = 0.7
-"""A micro-batch counts for a size if it holds at least this fraction of it."""
+_FILLED = 0.5
+"""A micro-batch counts for a size if it holds at least this fraction; inputs that fit into it always fill as much."""
 
 
 class Ramp:
@@ -19,12 +19,20 @@ class Ramp:
 
     policy_knee: a size counts as better only if it is faster than the best so far by more than this fraction.
     start_tokens: the first size. ceiling: never beyond this; None for no ceiling (see also :meth:`limit`).
+    target_tokens: the result of an earlier ramp, which is then used and not searched again.
 
     A size that is not better is measured once more, and then one size further is looked at before stopping: single
     measurements on shared machines are noisy. The first micro-batch of all only warms up and does not count.
     """
 
-    def __init__(self, policy_knee: float, start_tokens: int = 256, ceiling: int | None = None) -> None:
+    def __init__(
+        self,
+        policy_knee: float,
+        start_tokens: int = 256,
+        ceiling: int | None = None,
+        *,
+        target_tokens: int | None = None,
+    ) -> None:
         if not 0 <= policy_knee < math.inf:
             raise ValueError(f"policy_knee: got {policy_knee}; give a finite fraction of at least 0")
         if start_tokens < 1 or (ceiling is not None and ceiling < 1):
@@ -36,7 +44,8 @@ class Ramp:
         self._samples = 0  # of the current size
         self._warm = False
         self._best: int | None = None
-        self._target: int | None = None
+        self._target = target_tokens if target_tokens is None or ceiling is None else min(target_tokens, ceiling)
+        self._at_knee = target_tokens is not None
 
     @property
     def max_tokens(self) -> int:
@@ -52,8 +61,14 @@ class Ramp:
         """The best size; None until :attr:`done`."""
         return self._target
 
+    @property
+    def at_knee(self) -> bool:
+        """Whether larger sizes were seen not to pay, or an earlier ramp saw it; not if a ceiling or :meth:`bound` ended
+        the ramp. Only such a target is worth keeping for another day, when more memory may be free."""
+        return self._at_knee
+
     def limit(self, ceiling: int) -> None:
-        """Never go beyond `ceiling` tokens from now on, for example because the budget does not allow more."""
+        """Never go beyond `ceiling` tokens from now on."""
         self._ceiling = max(ceiling, 1) if self._ceiling is None else max(min(self._ceiling, ceiling), 1)
         if self._target is not None:
             self._target = min(self._target, self._ceiling)
@@ -63,17 +78,23 @@ class Ramp:
             else:
                 self._sizes, self._samples = [self._ceiling], 0
 
-    def record(self, tokens: int, seconds: float, cost_units: float | None = None) -> None:
-        """Tell what a micro-batch took. Those much smaller than :attr:`max_tokens` (too little work) do not count.
+    def bound(self) -> None:
+        """Nothing larger can be had, for example because the budget cut the last micro-batch: settle for the best."""
+        if self._target is None:
+            self._target = self._sizes[-1] if self._best is None else self._best
+
+    def record(self, tokens: int, seconds: float, cost_units: float | None = None) -> bool:
+        """Tell what a micro-batch took. Returns whether it counts: False if it held less than half of :attr:`max_tokens`
+        as asked for, or the ramp is done.
 
         cost_units: its arithmetic, in any unit, so that micro-batches of different sequence lengths can be
         compared; None: its tokens. Give it always or never.
         """
         if self.done or seconds <= 0 or tokens < _FILLED * self.max_tokens:
-            return
+            return False
         if not self._warm:
             self._warm = True
-            return
+            return True
         size = self.max_tokens
         rate = (tokens if cost_units is None else cost_units) / seconds
         self._rates[size] = max(rate, self._rates.get(size, 0.0))
@@ -85,9 +106,10 @@ class Ramp:
         elif self._samples >= 2:
             # The second size in a row that is not better than the best: enough.
             if len(self._sizes) > 1 and self._sizes[-2] != self._best:
-                self._target = self._best
+                self._target, self._at_knee = self._best, True
             else:
                 self._grow()
+        return True
 
     def _grow(self) -> None:
         size = self._sizes[-1]
@@ -106,10 +128,17 @@ class LaneChoice:
     N x 1. Each is tried for `window_s` seconds of wall clock; the search stops early once two in a row are worse.
     Of candidates within `knee` of the fastest the one with the fewest lanes wins: lanes multiply memory.
     max_lanes: never more lanes than this, for example for memory's sake.
+    chosen: the lanes that an earlier search chose; used, and not searched again, if they are a candidate here.
     """
 
     def __init__(
-        self, num_cores: int, *, window_s: float = 1.0, knee: float = 0.02, max_lanes: int | None = None
+        self,
+        num_cores: int,
+        *,
+        window_s: float = 1.0,
+        knee: float = 0.02,
+        max_lanes: int | None = None,
+        chosen: int | None = None,
     ) -> None:
         if num_cores < 1:
             raise ValueError(f"num_cores: got {num_cores}; give at least 1")
@@ -125,7 +154,8 @@ class LaneChoice:
         self._tokens = 0.0
         self._seconds = 0.0
         self._warm = False
-        self._choice: tuple[int, int] | None = self.candidates[0] if len(self.candidates) == 1 else None
+        known = [candidate for candidate in self.candidates if candidate[0] == chosen or len(self.candidates) == 1]
+        self._choice = known[0] if known else None
 
     @property
     def done(self) -> bool:
