@@ -29,6 +29,7 @@ FALLBACKS = ("chunk", "half", "cpu")
 
 _UNITS = {"": 1, "b": 1, "k": 1000, "kb": 1000, "kib": KiB, "m": 1000**2, "mb": 1000**2, "mib": MiB}
 _UNITS |= {"g": 1000**3, "gb": 1000**3, "gib": GiB, "t": 1000**4, "tb": 1000**4, "tib": 1024 * GiB}
+_LARGEST_BYTES = 1 << 62
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*|%)\s*")
 
 
@@ -46,7 +47,14 @@ def parse_size(size: Size, *, name: str = "size") -> int | float:
         if match is None or (unit != "%" and unit not in _UNITS):
             raise ConfigError(f"{name}: got {size!r}; {remedy}")
         number = float(match.group(1))
-        size = number / 100 if unit == "%" else int(number * _UNITS[unit or ""])
+        if unit == "%":
+            size = number / 100
+        elif not unit and "." in match.group(1):
+            size = number  # "0.8" from a command line or an environment variable: a fraction, never 0 bytes
+        elif number * _UNITS[unit or ""] > _LARGEST_BYTES:
+            raise ConfigError(f"{name}: got more than 2**62 bytes; {remedy}")
+        else:
+            size = int(number * _UNITS[unit or ""])
     if isinstance(size, int):
         if size < 0:
             raise ConfigError(f"{name}: got {size} bytes, which is negative; {remedy}")
@@ -118,6 +126,8 @@ class MemoryPolicy:
             raise ConfigError("limit: got 0, which leaves no memory to run in; give a size such as '6GiB', or None")
         if self.reserve is not None:
             parse_size(self.reserve, name="reserve")
+        if not isinstance(self.fallback, (str, tuple, list, set, frozenset, type(None))):
+            raise ConfigError(f"fallback: got {type(self.fallback).__name__}; give a tuple of {', '.join(FALLBACKS)}")
         fallback = (self.fallback,) if isinstance(self.fallback, str) else tuple(self.fallback or ())
         unknown = [rung for rung in fallback if rung not in FALLBACKS]
         if unknown:
