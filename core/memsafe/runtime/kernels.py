@@ -33,7 +33,7 @@ def choose(
     query: Tensor, key: Tensor, value: Tensor, *, causal: bool, window: int | None, scaling: float | None
 ) -> Kernel | None:
     """The kernel for these tensors, or None. A query sees keys nearer than `window`, and if `causal` none later."""
-    if query.device.type != "cuda":
+    if not _on_cuda(query):
         return None
     dim = query.shape[3]
     if value.shape[3] != dim or key.shape[3] != dim:
@@ -56,6 +56,10 @@ def choose(
             q, k, v, starts, longest, causal=causal, scaling=scaling
         )
     return None
+
+
+def _on_cuda(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.version.hip is None  # ROCm has other kernels behind the same names
 
 
 @lru_cache(maxsize=16)

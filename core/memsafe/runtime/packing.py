@@ -156,18 +156,19 @@ def _classify(mask_function: Callable[..., Any], local_size: int | None) -> tupl
     size = local_size or 8
     query = 2 * size + 8  # far from every border; not a multiple of a chunk
 
-    def sees(offset: int) -> bool:
+    def sees(offset: int, query: int = query) -> bool:
         return bool(mask_function(zero, zero, torch.tensor(query), torch.tensor(query + offset)))
 
     try:
         causal = not sees(1)
+        ok = sees(0) and sees(1, 0) != causal  # near the start too: a prefix may be open to all
         if local_size is None:
-            ok = sees(0) and sees(-1) and sees(-query) and (causal or sees(query)) and not (causal and sees(query))
             window = None
+            ok = ok and sees(-1) and sees(-query) and sees(query) != causal
         else:
             # Inclusive in one place of transformers and exclusive in others.
             window = size + 1 if sees(-size) else size
-            ok = sees(0) and sees(1 - window) and not sees(-window) and causal != sees(window - 1) and not sees(window)
+            ok = ok and sees(1 - window) and not sees(-window) and sees(window - 1) != causal and not sees(window)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise NotImplementedError(f"an attention mask that depends on more than positions: {error}") from None
     if not ok:

@@ -133,7 +133,20 @@ class PackedModel:
         input_ids, token_type_ids: int64, shape (tokens,), on the model's device: the sequences end to end, equal
         `lengths` adjacent. features: what else preprocessing gave (modality, prompt_length), the same for all.
         """
-        output = self.hidden_states(input_ids, lengths, token_type_ids)
+        return self.rows(
+            self.hidden_states(input_ids, lengths, token_type_ids), input_ids, lengths, token_type_ids, features
+        )
+
+    @torch.inference_mode()
+    def rows(
+        self,
+        output: Any,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        token_type_ids: Tensor | None = None,
+        features: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """The second half of :meth:`forward`: everything behind the encoder, whose `output` for one row is given."""
         outer, stub = self._outer()
         rows, start = [], 0
         for length, run in groupby(lengths):
@@ -144,9 +157,24 @@ class PackedModel:
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             if token_type_ids is not None:
                 inputs["token_type_ids"] = token_type_ids[start:stop].view(count, length)
-            rows.append(final_rows(outer(inputs) if self._features_as_dict else outer(**inputs)))
+            rows.append(self._run(outer, inputs))
             start = stop
         return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    @torch.inference_mode()
+    def plain(self, features: Mapping[str, Any]) -> Tensor:
+        """Rows of the model itself for ordinary padded `features`: what a packed forward must be equal to."""
+        return self._run(self.model, dict(features))
+
+    @torch.inference_mode()
+    def plain_with_hidden_states(self, features: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The same rows, and the encoder's last hidden states, overheard where the stub would stand."""
+        outer, stub = self._outer()
+        rows = self._run(outer, dict(features))
+        return rows, stub.answer.last_hidden_state
+
+    def _run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        return final_rows(model(inputs) if self._features_as_dict else model(**inputs))
 
     def _outer(self) -> tuple[nn.Module, _Stub]:
         """A copy of the modules from the model down to the encoder, sharing everything else, and the stub inside."""
@@ -162,7 +190,10 @@ class PackedModel:
 
 
 class _Stub(nn.Module):
-    """Stands where the encoder stood and returns `answer`; for everything else it is the encoder."""
+    """Stands where the encoder stood and returns `answer`; for everything else it is the encoder.
+
+    Without an answer it asks the encoder, and keeps what that said.
+    """
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -174,6 +205,8 @@ class _Stub(nn.Module):
         return getattr(self.__dict__["_encoder"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.answer is None:
+            self.answer = self.__dict__["_encoder"](*args, **kwargs)
         return self.answer
 
 
