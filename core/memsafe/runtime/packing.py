@@ -22,16 +22,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from memsafe.runtime import kernels
 
 __all__ = ["NAME", "Installation", "Packed", "Padded", "install", "packed", "padded", "position_ids", "uninstall"]
 
 NAME = "memsafe"
-_sdpa_mask: Callable[..., Tensor | None] = sdpa_mask
+_sdpa_mask: Callable[..., Tensor | None] = AttentionMaskInterface()["sdpa"]
+_bidirectional = getattr(masking_utils, "bidirectional_mask_function", None)  # transformers 5
 
 
 @dataclass
@@ -130,12 +130,14 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if isinstance(state, Packed):
         if kwargs.get("kv_length") != state.tokens or kwargs.get("batch_size", 1) != 1:
             raise NotImplementedError("the model does not attend over the packed row as it was given")
-        state.masks.add(_classify(kwargs.get("mask_function", causal_mask_function), kwargs.get("local_size")))
+        state.masks.add(
+            _classify(kwargs.get("mask_function", masking_utils.causal_mask_function), kwargs.get("local_size"))
+        )
         return None
     attention_mask = kwargs.get("attention_mask")
     if state.uniform or attention_mask is None:
         return _sdpa_mask(**{**kwargs, "attention_mask": None})  # spares the look at the values, a wait on a GPU
-    plain = kwargs.get("mask_function") is bidirectional_mask_function and kwargs.get("local_size") is None
+    plain = kwargs.get("mask_function") is _bidirectional is not None and kwargs.get("local_size") is None
     if plain and not kwargs.get("use_vmap") and attention_mask.shape[-1] == kwargs.get("kv_length"):
         # Every query sees the same keys: broadcasting saves batch x length x length, here and in each layer's copy.
         small: Tensor = attention_mask.bool()[:, None, None, :]
@@ -148,9 +150,9 @@ def _classify(mask_function: Callable[..., Any], local_size: int | None) -> tupl
 
     Found by asking it, since the functions are closures. Raises NotImplementedError for any other pattern.
     """
-    if local_size is None and mask_function is bidirectional_mask_function:
+    if local_size is None and mask_function is _bidirectional:
         return None, False
-    if local_size is None and mask_function is causal_mask_function:
+    if local_size is None and mask_function is masking_utils.causal_mask_function:
         return None, True
     zero = torch.zeros((), dtype=torch.long)
     size = local_size or 8
@@ -304,6 +306,9 @@ def install(hf_model: PreTrainedModel) -> Installation:
             return Installation(False, "the model is an encoder-decoder")
         if any(vars(module).get("_compiled_call_impl") is not None for module in hf_model.modules()):
             return Installation(False, "the model is compiled")  # a compiled graph would keep one forward's lengths
+        can_set = getattr(hf_model, "_can_set_attn_implementation", None)
+        if callable(can_set) and not can_set():  # asked first, since trying would log a warning
+            return Installation(False, "the model's code does not use transformers' attention interface")
         try:
             hf_model.set_attn_implementation(NAME)
         except (ValueError, ImportError, AttributeError) as error:
