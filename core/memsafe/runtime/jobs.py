@@ -13,7 +13,7 @@ from memsafe.events import ReportBuilder
 from memsafe.planning.batch import TokenizedInput
 from memsafe.runtime.output import RowWriter, Rows
 
-__all__ = ["Backlog", "Job", "QueueKey"]
+__all__ = ["BULK", "QUERY", "Backlog", "Job", "QueueKey"]
 
 QUERY, BULK = 0, 1
 
@@ -35,7 +35,8 @@ class QueueKey(tuple[int, int | None, Hashable]):
 class Job:
     """One call: its rows, its report, and a future that ends with the array of rows or with an error.
 
-    `extras`: features beside the tokens that all its inputs share.
+    extras: features beside the tokens that all its inputs share.
+    positions: where each distinct input first stands in the caller's list; None if that is its own index.
     """
 
     def __init__(
@@ -46,20 +47,28 @@ class Job:
         report: ReportBuilder,
         progress: Callable[[int], None] | None = None,
         emit: Callable[[Any], None] | None = None,
+        positions: Sequence[int] | None = None,
     ) -> None:
         self.key = key
+        self._positions = positions
         self.extras = extras
         self.report = report
         self.emit = emit
         self.writer = RowWriter(num_inputs)
         self.future: Future[Rows | None] = Future()
         self.backlog: Backlog | None = None
+        self.started = 0.0
+        self.process_bytes_before = 0
         self._progress = progress
         self._pending = num_inputs
         self._failed: dict[int, InputTooLargeError] = {}
         self._lock = threading.Lock()
         if num_inputs == 0:
             self.future.set_result(None)
+
+    def position(self, index: int) -> int:
+        """Where input `index` of the job stands in the caller's list: what messages and errors name."""
+        return index if self._positions is None else self._positions[index]
 
     @property
     def done(self) -> bool:
@@ -134,6 +143,7 @@ class Backlog:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.listeners: list[Callable[[], None]] = []
+        self.executors: list[Any] = []
         self._queues: dict[QueueKey, _Queue] = {}
         self._room = threading.Condition(self.lock)
         self.pending = 0
@@ -193,6 +203,10 @@ class Backlog:
         self.pending -= count
         self._room.notify_all()
 
+    def has_others(self, executor: Any) -> bool:
+        """Whether another executor, still in order, takes from this backlog."""
+        return any(other is not executor and other.broken is None for other in self.executors)
+
     def jobs(self) -> set[Job]:
         with self.lock:
             return {item.job for queue in self._queues.values() for item in queue.items}
@@ -231,4 +245,3 @@ class _Queue:
         self.items = kept
         self.tokens = sum(item.num_tokens for item in kept)
         return dropped
-

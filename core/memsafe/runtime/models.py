@@ -23,7 +23,7 @@ from memsafe.planning.cost import CostKey, CostPrior
 from memsafe.runtime import ladder, packing, sbert, weights
 from memsafe.runtime.device import Device, is_out_of_memory
 from memsafe.runtime.selfcheck import SelfCheck, run_self_check
-from memsafe.runtime.stub import PackedModel, final_rows
+from memsafe.runtime.stub import PackedModel
 from memsafe.runtime.tokenizing import InputEncoder
 
 __all__ = ["LoadedModel", "ModelSpec", "load"]
@@ -115,19 +115,26 @@ class LoadedModel:
             st, pairs=spec.kind == "reranker", truncation=spec.truncation, query_max_length=spec.query_max_length
         )
         if (spec.truncation != "longest_first" or spec.query_max_length) and self.encoder.mode != "fast":
-            raise ConfigError(f"truncation: got {spec.truncation!r}, but this model's own preprocessing must run unchanged")
+            raise ConfigError(
+                f"truncation: got {spec.truncation!r}, but this model's own preprocessing must run unchanged"
+            )
         self.hf = sbert.hf_model(st)
         self.dtype = next((p.dtype for p in st.parameters() if p.is_floating_point()), torch.float32)
         self.weights_bytes = sum(t.numel() * t.element_size() for t in (*st.parameters(), *st.buffers()))
         self._packed_model: PackedModel | None = None
         self._host: Any = None
         self._host_lock = threading.Lock()
+        self._installed = False
         self.check = self._self_check(policy)
         self.packed = self.check.packed_ok
         self.path = "packed" if self.packed else f"padded ({self.check.reason})"
         self.pad_multiple = 8 if device.kind == "cuda" and not self.packed else 1
 
     # what planning wants to know
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def config(self) -> Any:
@@ -142,7 +149,7 @@ class LoadedModel:
         return CostKey(
             model=f"{self.kind}:{self.name}",
             revision=self._revision or f"{self.weights_bytes}:{self.hf.__class__.__name__}",
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=self.dtype_name,
             attention=f"{self.attention}:{self.check.small_mask_ok}",
             layout=chunks,
             device=f"{self.device.kind}:{self.device.total_bytes >> 30}:{self.device.num_cores}",
@@ -189,7 +196,7 @@ class LoadedModel:
                 ids, types = self._packed_tensors(batch)
                 return self._packed_model.forward(ids, batch.lengths, types, extras)
             features, uniform = self._padded_features(batch, extras)
-            if self.hf is not None and self.attention == packing.NAME:
+            if self.check.small_mask_ok:
                 stack.enter_context(packing.padded(uniform=uniform))
             return final_rows_of(self.st, features)
 
@@ -214,7 +221,9 @@ class LoadedModel:
     def _forward_on_host(self, batch: MicroBatch, extras: Mapping[str, Any]) -> Tensor:
         with self._host_lock:
             if self._host is None:
-                self._host = self.st if self.device.kind == "cpu" and self.dtype == torch.float32 else ladder.host_copy(self.st)
+                self._host = (
+                    self.st if self.device.kind == "cpu" and self.dtype == torch.float32 else ladder.host_copy(self.st)
+                )
             features, _ = self._padded_features(batch, extras, torch.device("cpu"))
             return final_rows_of(self._host, features)
 
@@ -224,8 +233,9 @@ class LoadedModel:
 
     def close(self) -> None:
         """Undo what was installed in the transformers model. The caller drops its references to free the memory."""
-        if self.hf is not None:
+        if self._installed:
             packing.uninstall(self.hf)
+        self._installed = False
         self._packed_model = self._host = None
 
     # tensors
@@ -285,6 +295,8 @@ class LoadedModel:
             store.save(check)
         if not check.packed_ok and not check.small_mask_ok:
             packing.uninstall(self.hf)
+        else:
+            self._installed = True
         if check.packed_ok:
             self._packed_model = PackedModel(self.st)
         return check
@@ -309,7 +321,9 @@ class _CheckStore:
         key = [model.kind, model.name, model._revision, str(model.dtype), model.device.kind, torch.__version__]
         key += [transformers.__version__, st_version, "1"]
         self._usable = bool(model._revision) and policy.learn
-        self._file = os.path.join(cache_dir(), "checks", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32] + ".json")
+        self._file = os.path.join(
+            cache_dir(), "checks", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32] + ".json"
+        )
 
     def load(self) -> SelfCheck | None:
         if not self._usable:
@@ -344,7 +358,17 @@ def _architecture(config: Any, weights_bytes: int) -> tuple[int, int, bool, int,
     heads = int(_first(config, ("num_attention_heads", "n_heads", "num_heads")) or max(1, hidden // 64))
     layers = int(_first(config, ("num_hidden_layers", "n_layers", "num_layers")) or 12)
     kind = str(getattr(config, "model_type", ""))
-    gated = kind not in ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "mpnet", "deberta-v2", "camembert", "albert")
+    gated = kind not in (
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "electra",
+        "distilbert",
+        "mpnet",
+        "deberta-v2",
+        "camembert",
+        "albert",
+    )
     return hidden, intermediate, gated, heads, layers
 
 

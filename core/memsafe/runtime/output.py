@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RowWriter"]
+__all__ = ["HostCopy", "RowWriter", "Rows", "to_host"]
 
 Rows = NDArray[np.float32]
 
@@ -30,3 +31,30 @@ class RowWriter:
             if self.array is None:
                 self.array = np.full((self.num_rows, *rows.shape[1:]), np.nan, dtype=np.float32)
         self.array[np.asarray(indices)] = rows
+
+
+def to_host(rows: Any) -> Rows:
+    """float32 rows on the host, from a tensor of any floating dtype or an array; shape kept."""
+    if isinstance(rows, np.ndarray):
+        return rows.astype(np.float32, copy=False)
+    return np.asarray(rows.detach().float().cpu().numpy(), dtype=np.float32)
+
+
+class HostCopy:
+    """Rows on their way from an accelerator to pinned host memory; the host goes on meanwhile."""
+
+    def __init__(self, rows: Any) -> None:
+        self._rows, self._event = rows, None
+        if not isinstance(rows, np.ndarray) and rows.device.type == "cuda":
+            import torch
+
+            host = torch.empty(rows.shape, dtype=torch.float32, pin_memory=True)
+            host.copy_(rows, non_blocking=True)
+            self._rows, self._event = host, torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(rows.device))
+
+    def wait(self) -> Rows:
+        """float32 rows on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return to_host(self._rows)

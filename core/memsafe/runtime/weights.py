@@ -56,13 +56,17 @@ def inspect(
     Raises :class:`ModelError` for a folder that is missing, empty, half-written, or not of `kind`.
     """
     path = Path(model).expanduser()
-    looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or os.sep != "/" and os.sep in model
+    looks_local = (
+        path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or os.sep != "/" and os.sep in model
+    )
     if path.is_dir():
         folder = path
     elif path.exists():
         raise ModelError(f"model: {model} is a file; give the folder that holds it, or a hub id")
     elif looks_local:
-        raise ModelError(f"model: the folder {model} does not exist; give an existing folder or a hub id like 'BAAI/bge-m3'")
+        raise ModelError(
+            f"model: the folder {model} does not exist; give an existing folder or a hub id like 'BAAI/bge-m3'"
+        )
     else:
         cached = _from_cache(model, revision, cache_folder)
         if cached is None:
@@ -85,7 +89,9 @@ def check_fits(checkpoint: Checkpoint, dtype: str | None, room_bytes: int, devic
     if half < need and half <= room_bytes:
         remedy = f"dtype='bfloat16' or 'float16' needs {format_bytes(half)} and would fit"
     else:
-        remedy = f"choose a model of at most {room_bytes // 2 // 10**6:,}M parameters in half precision, or another device"
+        remedy = (
+            f"choose a model of at most {room_bytes // 2 // 10**6:,}M parameters in half precision, or another device"
+        )
     raise ModelTooLargeError(
         f"the weights of {checkpoint.folder.name} need {format_bytes(need)}, but {format_bytes(max(room_bytes, 0))} are free "
         f"for this on {device}; {remedy}",
@@ -110,7 +116,9 @@ def _read(folder: Path, backend: str) -> Checkpoint:
         raise ModelError(f"model: the folder {folder} is empty; it needs a saved model (config.json and weights)")
     config, modules = _json(folder / "config.json"), _json(folder / "modules.json")
     if config is None and modules is None:
-        raise ModelError(f"model: {folder} has neither config.json nor modules.json; it is no saved model, or half a copy of one")
+        raise ModelError(
+            f"model: {folder} has neither config.json nor modules.json; it is no saved model, or half a copy of one"
+        )
     folders = [folder, *(folder / m["path"] for m in modules or [] if isinstance(m, dict) and m.get("path"))]
     elements: dict[str, int] = {}
     other_bytes, found = 0, False
@@ -124,7 +132,9 @@ def _read(folder: Path, backend: str) -> Checkpoint:
             sizes = [file.stat().st_size for file in place.glob("*.bin")]
             found, other_bytes = found or bool(sizes), other_bytes + sum(sizes)
     if not found and backend == "torch" and config is not None:
-        raise ModelError(f"model: {folder} has a configuration but no weights (*.safetensors, *.bin); the copy is not complete")
+        raise ModelError(
+            f"model: {folder} has a configuration but no weights (*.safetensors, *.bin); the copy is not complete"
+        )
     return Checkpoint(folder, _kind(folder, config, modules), elements, other_bytes)
 
 
@@ -146,7 +156,9 @@ def _json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ModelError(f"model: {file} cannot be read as JSON ({error}); the copy is damaged, fetch it again") from error
+        raise ModelError(
+            f"model: {file} cannot be read as JSON ({error}); the copy is damaged, fetch it again"
+        ) from error
 
 
 def _header(file: Path) -> dict[str, int]:

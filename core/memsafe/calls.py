@@ -1,0 +1,185 @@
+"""How a call goes, for embedding and reranking alike: check, deduplicate, queue, wait, give every row its place."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from memsafe import inputs
+from memsafe.config import MemoryPolicy
+from memsafe.errors import ConfigError, InputTooLargeError
+from memsafe.events import EventHook, RunReport
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from memsafe.runtime.engine import Engine
+
+__all__ = ["Model", "Options"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of one call that embedding and reranking share."""
+
+    kind: str | None = None
+    prompt: str | None = None
+    prompt_name: str | None = None
+    max_rows: int | None = None
+    show_progress: bool | None = None
+    progress: Callable[[int], None] | None = None
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Options:
+        names = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in names:
+                raise ConfigError(f"unknown option {name!r}; choose from {', '.join(names)}")
+        if options.get("kind") not in (None, "query", "document"):
+            raise ConfigError(f"kind: got {options['kind']!r}; choose 'query', 'document' or None")
+        for name in ("prompt", "prompt_name"):
+            if options.get(name) is not None and not isinstance(options[name], str):
+                raise ConfigError(f"{name}: got a {type(options[name]).__name__}; give a str or None")
+        return cls(**options)
+
+
+class Model:
+    """A loaded model and the way of a call through it. Base of Embedder and Reranker."""
+
+    _kind = ""
+
+    def __init__(
+        self,
+        model: Any,
+        device: Any,
+        *,
+        memory: MemoryPolicy | dict[str, Any] | None,
+        hooks: Sequence[EventHook],
+        options: dict[str, Any],
+        **spec: Any,
+    ) -> None:
+        policy = inputs.policy(memory)
+        names = inputs.devices(device)
+        # torch is imported only now, with the allocator's settings in the environment already
+        from memsafe.runtime import allocator
+
+        allocator.configure(policy.alloc_conf)
+        from memsafe.runtime.engine import Engine
+        from memsafe.runtime.models import ModelSpec
+
+        chosen = ModelSpec(self._kind, inputs.model_name(model), _rename(options), **spec)
+        self._engine: Engine = Engine(chosen, names, policy, hooks)
+
+    @property
+    def model(self) -> Any:
+        """The SentenceTransformer or CrossEncoder inside (the first device's copy)."""
+        return self._engine.model.st
+
+    @property
+    def device(self) -> str:
+        """Where the model is, in torch's words; several names are joined by a comma."""
+        return ", ".join(model.device.name for model in self._engine.models)
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens after which inputs are cut; None if the model takes any length."""
+        return self._engine.model.encoder.max_length
+
+    @property
+    def memory(self) -> MemoryPolicy:
+        """The policy in force."""
+        return self._engine.policy
+
+    @property
+    def path(self) -> str:
+        """How micro-batches run: ``"packed"``, or ``"padded (why)"``."""
+        return self._engine.model.path
+
+    def close(self) -> None:
+        """Free the model and give its memory back; calls that still wait fail. Closing twice is fine."""
+        self._engine.close()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, values: Sequence[Any], options: Options) -> tuple[Any, RunReport]:
+        """Rows of `values` in their order (None if there are none) and the report."""
+        distinct = inputs.Distinct(values)
+        prompt = self._prompt(options)
+        engine = self._engine
+        show = bool(options.show_progress)
+        with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
+            job = self._start(distinct, prompt, options, progress)
+            try:
+                engine.feed(job, distinct.values, prompt)
+                rows, report = engine.finish(job, num_texts=len(values))
+            except InputTooLargeError as error:
+                raise _spread(error, distinct)
+            except BaseException:
+                job.cancel()
+                raise
+        return distinct.spread(rows), report
+
+    async def _arun(self, values: Sequence[Any], options: Options) -> tuple[Any, RunReport]:
+        distinct = inputs.Distinct(values)
+        prompt = self._prompt(options)
+        engine = self._engine
+        show = bool(options.show_progress)
+        with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
+            job = self._start(distinct, prompt, options, progress)
+            try:
+                await asyncio.to_thread(engine.feed, job, distinct.values, prompt)
+                await asyncio.wrap_future(job.future)
+                rows, report = await asyncio.to_thread(engine.finish, job, num_texts=len(values))
+            except InputTooLargeError as error:
+                raise _spread(error, distinct)
+            except BaseException:
+                job.cancel()
+                raise
+        return distinct.spread(rows), report
+
+    def _start(
+        self, distinct: inputs.Distinct, prompt: str | None, options: Options, progress: Callable[[int], None] | None
+    ) -> Any:
+        return self._engine.start(
+            len(distinct.values),
+            prompt=prompt,
+            urgent=options.kind == "query",
+            max_rows=options.max_rows,
+            progress=progress,
+            positions=distinct.positions,
+        )
+
+    def _prompt(self, options: Options) -> str | None:
+        from memsafe.runtime import sbert
+
+        try:
+            return sbert.resolve_prompt(self.model, options.prompt, options.prompt_name, options.kind)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def _spread(error: InputTooLargeError, distinct: inputs.Distinct) -> InputTooLargeError:
+    """The error of the distinct inputs, told for all inputs of the call."""
+    error.partial = distinct.spread(error.partial)
+    error.failed = distinct.affected(error.failed)
+    return error
+
+
+def _rename(options: dict[str, Any]) -> dict[str, Any]:
+    """Options for sentence-transformers, with names of both its versions accepted and unset ones left out."""
+    if "tokenizer_kwargs" in options and "processor_kwargs" in options:
+        raise ConfigError("processor_kwargs and tokenizer_kwargs are the same option; give one")
+    options = {name: value for name, value in options.items() if value is not None}
+    for name, value in list(options.items()):
+        if isinstance(value, os.PathLike):
+            options[name] = os.fspath(value)
+    return options

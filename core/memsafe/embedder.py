@@ -1,0 +1,187 @@
+"""Texts to embeddings: tokenise, plan, run, in the caller's order. Start reading memsafe here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memsafe import inputs
+from memsafe.calls import Model, Options
+from memsafe.config import MemoryPolicy
+from memsafe.errors import ConfigError, InputError
+from memsafe.events import EventHook, RunReport
+
+__all__ = ["Embedder", "EmbeddingRun"]
+
+Array = NDArray[Any]
+PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
+
+
+@dataclass(frozen=True)
+class EmbeddingRun:
+    """embeddings: float32, shape (texts, dim), in the caller's order (other dtypes for other precisions); report: what it took."""
+
+    embeddings: Array
+    report: RunReport
+
+
+class Embedder(Model):
+    """Embeds texts with any model that sentence-transformers can load, inside the memory that is really there.
+
+    Numbers and prompts are those of ``SentenceTransformer.encode_query`` / ``encode_document``; there is no batch size.
+
+    Args:
+        model: folder, hub id such as ``"BAAI/bge-m3"``, or a loaded SentenceTransformer.
+        device: None for the best one (cuda, mps, xpu, cpu), a name, or several names: one copy of the model on each.
+        dtype: None keeps the checkpoint's numbers; ``"auto"`` the half precision that the device computes natively,
+            if any; or ``"float32"``, ``"float16"``, ``"bfloat16"``.
+        max_length: tokens after which texts are cut; None as the model says.
+        normalize: True scales rows to length 1; None and False leave them as the model makes them.
+        truncate_dim: keep only so many leading dimensions.
+        memory: a :class:`MemoryPolicy`, or a dict of its fields.
+        hooks: callables that get events (:mod:`memsafe.events`) while work runs.
+        show_progress: show a bar for every call.
+        options: whatever else the installed SentenceTransformer takes: prompts, default_prompt_name, revision,
+            cache_folder, token, local_files_only, trust_remote_code, model_kwargs, processor_kwargs, config_kwargs, backend.
+
+    Raises:
+        ConfigError: an option is unknown or out of range. ModelError, ModelTooLargeError: see there.
+    """
+
+    _kind = "embedding"
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+        max_length: int | None = None,
+        normalize: bool | None = None,
+        truncate_dim: int | None = None,
+        memory: MemoryPolicy | dict[str, Any] | None = None,
+        hooks: Sequence[EventHook] = (),
+        show_progress: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model, device, dtype=dtype, max_length=max_length, memory=memory, hooks=hooks, options=options
+        )
+        self._normalize = normalize
+        self._truncate_dim = _check_dim(truncate_dim)
+        self._show_progress = show_progress
+
+    def embed_documents(self, texts: Sequence[str], **options: Any) -> Array:
+        """Embeddings of `texts` as documents: float32, shape (len(texts), dim). Options as for :meth:`run`."""
+        return self.run(texts, kind="document", **options).embeddings
+
+    def embed_queries(self, texts: Sequence[str], **options: Any) -> Array:
+        """Embeddings of `texts` as queries: float32, shape (len(texts), dim). Queries overtake documents that wait."""
+        return self.run(texts, kind="query", **options).embeddings
+
+    def run(self, texts: Sequence[str], **options: Any) -> EmbeddingRun:
+        """Embed `texts` and report what it took.
+
+        Options, all optional:
+            kind: ``"query"`` or ``"document"`` uses the prompt that the model saved for it; None the default prompt only.
+            prompt, prompt_name: put before every text, as in ``SentenceTransformer.encode``; ``""`` for none.
+            normalize, truncate_dim: override those given at construction.
+            precision: float32, int8, uint8, binary, ubinary, as sentence-transformers' ``quantize_embeddings``.
+            max_rows: the most texts in one micro-batch.
+            show_progress: a tqdm bar; progress: called with the number of texts just finished.
+
+        Raises:
+            InputError: a text is not a str, with its index. ConfigError: an option is unknown.
+            InputTooLargeError: a text does not fit alone; what was finished is in its ``partial``.
+        """
+        call = self._call(options)
+        texts = inputs.check_texts(texts)
+        rows, report = self._run(texts, call.options)
+        return call.finish(rows, report)
+
+    # the same, without blocking an event loop; cancelling the task cancels the work
+
+    async def aembed_documents(self, texts: Sequence[str], **options: Any) -> Array:
+        """:meth:`embed_documents` for asyncio."""
+        return (await self.arun(texts, kind="document", **options)).embeddings
+
+    async def aembed_queries(self, texts: Sequence[str], **options: Any) -> Array:
+        """:meth:`embed_queries` for asyncio."""
+        return (await self.arun(texts, kind="query", **options)).embeddings
+
+    async def arun(self, texts: Sequence[str], **options: Any) -> EmbeddingRun:
+        """:meth:`run` for asyncio."""
+        call = self._call(options)
+        texts = inputs.check_texts(texts)
+        rows, report = await self._arun(texts, call.options)
+        return await asyncio.to_thread(call.finish, rows, report)
+
+    @property
+    def dimension(self) -> int:
+        """Width of an embedding."""
+        if self._truncate_dim is not None:
+            return self._truncate_dim
+        model = self.model
+        name = "get_embedding_dimension" if hasattr(model, "get_embedding_dimension") else "get_sentence_embedding_dimension"
+        width = getattr(model, name)()
+        return int(width) if width is not None else int(self.embed_documents(["a"]).shape[1])
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """The prompts that the model saved, by name."""
+        return dict(getattr(self.model, "prompts", None) or {})
+
+    def _call(self, options: dict[str, Any]) -> _Call:
+        normalize = options.pop("normalize", self._normalize)
+        truncate_dim = _check_dim(options.pop("truncate_dim", self._truncate_dim))
+        precision = options.pop("precision", "float32")
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision: got {precision!r}; choose from {', '.join(PRECISIONS)}")
+        options.setdefault("show_progress", None)
+        if options["show_progress"] is None:
+            options["show_progress"] = self._show_progress
+        return _Call(self, Options.of(options), normalize, truncate_dim, precision)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call wants done to the model's rows."""
+
+    embedder: Embedder
+    options: Options
+    normalize: bool | None
+    truncate_dim: int | None
+    precision: str
+
+    def finish(self, rows: Array | None, report: RunReport) -> EmbeddingRun:
+        if rows is None:
+            rows = np.empty((0, self.truncate_dim or self.embedder.dimension), dtype=np.float32)
+        if self.truncate_dim is not None:
+            rows = rows[:, : self.truncate_dim]
+        if self.normalize and len(rows):
+            # as torch.nn.functional.normalize(rows, p=2, dim=1) does, which sentence-transformers uses: eps 1e-12
+            rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-12))
+        if self.precision != "float32" and len(rows):
+            rows = _quantize(rows, self.precision)
+        return EmbeddingRun(np.ascontiguousarray(rows), report)
+
+
+def _quantize(rows: Array, precision: str) -> Array:
+    try:
+        from sentence_transformers.util import quantize_embeddings
+    except ImportError:  # before sentence-transformers 5.3
+        from sentence_transformers.quantization import quantize_embeddings
+    return np.asarray(quantize_embeddings(rows, precision=precision))
+
+
+def _check_dim(truncate_dim: Any) -> int | None:
+    if truncate_dim is None:
+        return None
+    if isinstance(truncate_dim, bool) or not isinstance(truncate_dim, int) or truncate_dim < 1:
+        raise ConfigError(f"truncate_dim: got {truncate_dim!r}; give an int of at least 1, or None for all dimensions")
+    return truncate_dim

@@ -1,0 +1,198 @@
+"""(query, document) pairs to scores, through the same pipeline as embeddings."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memsafe import inputs
+from memsafe.calls import Model, Options
+from memsafe.config import MemoryPolicy
+from memsafe.errors import ConfigError, ModelError
+from memsafe.events import EventHook, RunReport
+
+__all__ = ["RankedDocument", "RerankRun", "Reranker"]
+
+Array = NDArray[np.float32]
+
+
+class RankedDocument(NamedTuple):
+    """index: position in the list of documents; score: a Python float, higher is better."""
+
+    index: int
+    score: float
+
+
+@dataclass(frozen=True)
+class RerankRun:
+    """scores: float32, shape (pairs,), or (pairs, labels) for several labels, in the caller's order; report: what it took."""
+
+    scores: Array
+    report: RunReport
+
+
+class Reranker(Model):
+    """Scores (query, document) pairs with any model that sentence-transformers can load as a CrossEncoder.
+
+    Numbers are those of ``CrossEncoder.predict``; there is no batch size.
+
+    Args:
+        model: folder, hub id such as ``"BAAI/bge-reranker-v2-m3"``, or a loaded CrossEncoder.
+        device, dtype, memory, hooks, show_progress: as for :class:`Embedder`.
+        max_length: tokens of a pair after which it is cut; None as the model says.
+        num_labels: for a model whose head is to be made anew; None as saved.
+        activation_fn: a callable on scores (torch, float32); None as the model says (sigmoid for one label).
+        truncation: what a pair that is too long loses: ``"longest_first"`` (sentence-transformers) or ``"only_second"``
+            (FlagEmbedding); query_max_length: tokens after which the query alone is cut before that.
+        options: whatever else the installed CrossEncoder takes.
+    """
+
+    _kind = "reranker"
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+        max_length: int | None = None,
+        num_labels: int | None = None,
+        activation_fn: Callable[[Any], Any] | None = None,
+        truncation: str = "longest_first",
+        query_max_length: int | None = None,
+        memory: MemoryPolicy | dict[str, Any] | None = None,
+        hooks: Sequence[EventHook] = (),
+        show_progress: bool = False,
+        **options: Any,
+    ) -> None:
+        if truncation not in ("longest_first", "only_second"):
+            raise ConfigError(f"truncation: got {truncation!r}; choose 'longest_first' or 'only_second'")
+        if num_labels is not None:
+            options["num_labels"] = num_labels
+        if isinstance(model, str) and activation_fn is not None:
+            options["activation_fn"] = activation_fn
+        super().__init__(
+            model,
+            device,
+            dtype=dtype,
+            max_length=max_length,
+            memory=memory,
+            hooks=hooks,
+            options=options,
+            truncation=truncation,
+            query_max_length=query_max_length,
+        )
+        self._activation_fn = activation_fn
+        self._show_progress = show_progress
+
+    @property
+    def num_labels(self) -> int:
+        """Scores per pair."""
+        model = self.model
+        return int(model.num_labels if hasattr(model, "num_labels") else model.config.num_labels)
+
+    def score(self, query: str, documents: Sequence[str], **options: Any) -> Array:
+        """Scores of `documents` for `query`: float32, shape (len(documents),) or (len(documents), labels)."""
+        return self.score_pairs(_pair(query, documents), **options)
+
+    def score_pairs(self, pairs: Sequence[tuple[str, str]], **options: Any) -> Array:
+        """Scores of (query, document) `pairs`: float32, shape (len(pairs),) or (len(pairs), labels)."""
+        return self.run(pairs, **options).scores
+
+    def rerank(
+        self, query: str, documents: Sequence[str], top_n: int | None = None, **options: Any
+    ) -> list[RankedDocument]:
+        """The `top_n` best documents (None: all), best first; equal scores keep their order, NaN comes last."""
+        _check_top_n(top_n)
+        self._check_single_label()
+        return _ranked(self.score(query, documents, **options), top_n)
+
+    def run(self, pairs: Sequence[tuple[str, str]], **options: Any) -> RerankRun:
+        """Score `pairs` and report what it took.
+
+        Options, all optional: activation_fn (overrides the one of the model), apply_softmax (over several labels),
+        prompt, prompt_name, kind (``"query"`` goes before bulk work), max_rows, show_progress, progress; see :meth:`Embedder.run`.
+        """
+        call = self._call(options)
+        rows, report = self._run(inputs.check_pairs(pairs), call.options)
+        return call.finish(rows, report)
+
+    async def ascore(self, query: str, documents: Sequence[str], **options: Any) -> Array:
+        """:meth:`score` for asyncio; cancelling the task cancels the work."""
+        return await self.ascore_pairs(_pair(query, documents), **options)
+
+    async def ascore_pairs(self, pairs: Sequence[tuple[str, str]], **options: Any) -> Array:
+        """:meth:`score_pairs` for asyncio."""
+        return (await self.arun(pairs, **options)).scores
+
+    async def arerank(
+        self, query: str, documents: Sequence[str], top_n: int | None = None, **options: Any
+    ) -> list[RankedDocument]:
+        """:meth:`rerank` for asyncio."""
+        _check_top_n(top_n)
+        self._check_single_label()
+        return _ranked(await self.ascore(query, documents, **options), top_n)
+
+    async def arun(self, pairs: Sequence[tuple[str, str]], **options: Any) -> RerankRun:
+        """:meth:`run` for asyncio."""
+        call = self._call(options)
+        rows, report = await self._arun(inputs.check_pairs(pairs), call.options)
+        return await asyncio.to_thread(call.finish, rows, report)
+
+    def _check_single_label(self) -> None:
+        if self.num_labels != 1:
+            raise ModelError(
+                f"the model gives {self.num_labels} scores per pair and cannot rank; use score(), or a model with one label"
+            )
+
+    def _call(self, options: dict[str, Any]) -> _Call:
+        activation_fn = options.pop("activation_fn", None)
+        apply_softmax = options.pop("apply_softmax", False)
+        if options.get("show_progress") is None:
+            options["show_progress"] = self._show_progress
+        return _Call(self, Options.of(options), activation_fn or self._activation_fn, bool(apply_softmax))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call wants done to the model's raw scores."""
+
+    reranker: Reranker
+    options: Options
+    activation_fn: Callable[[Any], Any] | None
+    apply_softmax: bool
+
+    def finish(self, rows: Any, report: RunReport) -> RerankRun:
+        import torch
+
+        labels = self.reranker.num_labels
+        if rows is None:
+            return RerankRun(np.empty((0,) if labels == 1 else (0, labels), dtype=np.float32), report)
+        activation_fn = self.activation_fn or self.reranker.model.activation_fn
+        with torch.inference_mode():
+            scores = activation_fn(torch.from_numpy(rows)) if activation_fn is not None else torch.from_numpy(rows)
+            if labels == 1 and scores.ndim > 1:
+                scores = scores.squeeze(-1)
+            if self.apply_softmax and scores.ndim > 1:
+                scores = torch.nn.functional.softmax(scores, dim=1)
+            return RerankRun(scores.float().numpy(), report)
+
+
+def _pair(query: Any, documents: Any) -> list[tuple[str, str]]:
+    query = inputs.check_query(query)
+    return [(query, document) for document in inputs.check_texts(documents, name="documents")]
+
+
+def _ranked(scores: Array, top_n: int | None) -> list[RankedDocument]:
+    order = np.argsort(-scores, kind="stable")  # NaN sorts last
+    return [RankedDocument(int(i), float(scores[i])) for i in (order if top_n is None else order[:top_n])]
+
+
+def _check_top_n(top_n: Any) -> None:
+    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 0):
+        raise ConfigError(f"top_n: got {top_n!r}; give an int of at least 0, or None for all")

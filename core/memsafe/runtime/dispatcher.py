@@ -1,0 +1,230 @@
+"""One dispatcher per device and process: whoever calls, micro-batches start only when the device has room for them.
+
+Lanes are threads that run one micro-batch at a time. On a CPU several lanes compute side by side; on an accelerator
+two take turns, one preparing or fetching while the other computes. Queries go before bulk work; a query may use one
+lane more than bulk work does, so that it need not wait for a whole micro-batch to end.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from typing import Any
+
+from memsafe.errors import ClosedError
+from memsafe.runtime.device import Device
+from memsafe.runtime.executor import Executor, Ticket
+from memsafe.runtime.jobs import QUERY
+
+__all__ = ["Dispatcher", "dispatcher_of"]
+
+log = logging.getLogger("memsafe")
+
+IDLE_S = 5.0
+"""A lane without work ends after this many seconds; starting one again costs well under a millisecond."""
+
+_registry: dict[str, Dispatcher] = {}
+_registry_lock = threading.Lock()
+
+
+def dispatcher_of(device: Device) -> Dispatcher:
+    """The process's dispatcher for `device`."""
+    with _registry_lock:
+        if device.name not in _registry:
+            _registry[device.name] = Dispatcher(device)
+        return _registry[device.name]
+
+
+class Dispatcher:
+    """Owns a device's lanes and what is in flight on it."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._executors: list[Executor] = []
+        self._condition = threading.Condition()
+        self._in_flight: dict[Ticket, Executor] = {}
+        self._lanes: set[threading.Thread] = set()
+        self._waiting = 0
+        self._closing = False
+        self._turn = 0
+        self._last_done: float | None = None
+        self._running: tuple[int, int | None] | None = None
+
+    def attach(self, executor: Executor) -> None:
+        with self._condition:
+            self._executors.append(executor)
+            executor.backlog.executors.append(executor)
+            executor.backlog.listeners.append(self.wake)
+
+    def detach(self, executor: Executor) -> None:
+        """Forget `executor` when its last micro-batch is done."""
+        with self._condition:
+            if executor in self._executors:
+                self._executors.remove(executor)
+                executor.backlog.executors.remove(executor)
+                executor.backlog.listeners.remove(self.wake)
+            while executor in self._in_flight.values():
+                self._condition.wait(0.1)
+
+    def wake(self) -> None:
+        """Work has come, or room."""
+        with self._condition:
+            if not self._closing and not self._waiting:
+                self._start_lane()
+            self._condition.notify()
+
+    @property
+    def num_lanes(self) -> int:
+        return len(self._lanes)
+
+    def close(self) -> None:
+        """End the lanes once their micro-batches are done; prompt, since none waits for work any more."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify_all()
+            lanes = list(self._lanes)
+        for lane in lanes:
+            lane.join(timeout=10)
+
+    # lanes
+
+    def _start_lane(self) -> None:
+        """Start a lane if one more could be of use. Call with the condition held."""
+        wanted = max((executor.lanes[0] for executor in self._executors), default=0) + 1
+        if len(self._lanes) < wanted:
+            lane = threading.Thread(target=self._lane, name=f"memsafe-{self.device.name}-{len(self._lanes)}", daemon=True)
+            self._lanes.add(lane)
+            lane.start()
+
+    def _lane(self) -> None:
+        set_threads = _thread_setter(self.device)
+        try:
+            while (grant := self._next()) is not None:
+                executor, ticket = grant
+                try:
+                    if ticket.threads is not None:
+                        set_threads(ticket.threads)
+                    executor.run(ticket)
+                except BaseException as error:  # a fault of ours: no caller may wait for ever
+                    log.exception("a micro-batch ended in an unexpected error")
+                    dead = ClosedError(f"the worker of {self.device.name} failed: {type(error).__name__}: {error}")
+                    for item in ticket.batch.items:
+                        item.job.fail(dead)
+                finally:
+                    self._done(ticket)
+                    del executor, ticket, grant
+        finally:
+            with self._condition:
+                self._lanes.discard(threading.current_thread())
+
+    def _next(self) -> tuple[Executor, Ticket] | None:
+        with self._condition:
+            idle_since = time.monotonic()
+            while not self._closing:
+                grant = self._grant()
+                if grant is not None:
+                    if not self._waiting and any(executor.backlog.pending for executor in self._executors):
+                        self._start_lane()
+                    return grant
+                if not self._in_flight and not any(executor.backlog.pending for executor in self._executors):
+                    self._last_done = None
+                    left = IDLE_S - (time.monotonic() - idle_since)
+                    if left <= 0:
+                        return None
+                else:
+                    left, idle_since = 0.5, time.monotonic()
+                self._waiting += 1
+                self._condition.wait(left)
+                self._waiting -= 1
+            return None
+
+    def _grant(self) -> tuple[Executor, Ticket] | None:
+        """The next micro-batch that may start now. Call with the condition held."""
+        if any(ticket.probe for ticket in self._in_flight):
+            return None  # it runs alone, to be measured
+        busy = len(self._in_flight)
+        for executor in self._order():
+            lanes, threads = executor.lanes
+            keys = executor.backlog.keys()
+            if not keys:
+                continue
+            urgent = keys[0].priority == QUERY
+            if busy >= lanes + (1 if urgent else 0):
+                continue
+            if busy and self.device.kind == "cpu" and (lanes, threads) != self._running and not urgent:
+                continue  # another division of the cores is still at work
+            in_flight = sum(ticket.bound_bytes for ticket in self._in_flight)
+            ticket = executor.admit(in_flight, busy, lanes)
+            if ticket is None:
+                continue
+            if threads is not None:
+                alone = not busy and not executor.backlog.pending
+                ticket = _with_threads(ticket, self.device.num_cores if alone or ticket.probe else threads)
+            if not busy:
+                self._running = (lanes, threads)
+            self._in_flight[ticket] = executor
+            return executor, ticket
+        return None
+
+    def _order(self) -> list[Executor]:
+        """Executors with work, the most urgent first, equals in turn; of replicas the least busy first."""
+        working = [executor for executor in self._executors if executor.broken is None and executor.backlog.pending]
+        if len(working) < 2:
+            return working
+        self._turn += 1
+        loads = {id(executor): 0 for executor in working}
+        for executor in self._in_flight.values():
+            if id(executor) in loads:
+                loads[id(executor)] += 1
+        turned = working[self._turn % len(working) :] + working[: self._turn % len(working)]
+
+        def urgency(executor: Executor) -> tuple[int, int]:
+            keys = executor.backlog.keys()
+            return (keys[0].priority if keys else QUERY + 1, loads[id(executor)])
+
+        return sorted(turned, key=urgency)
+
+    def _done(self, ticket: Ticket) -> None:
+        now = time.perf_counter()
+        with self._condition:
+            executor = self._in_flight.pop(ticket)
+            busy_on = executor.backlog.pending > 0
+            if self._last_done is not None and busy_on and not ticket.probe and ticket.fits:
+                executor.record_lanes(executor.model.flops(ticket.batch.shape), now - self._last_done)
+            self._last_done = now if busy_on or self._in_flight else None
+            self._condition.notify_all()
+
+
+def _with_threads(ticket: Ticket, threads: int) -> Ticket:
+    from dataclasses import replace
+
+    return replace(ticket, threads=threads)
+
+
+def _thread_setter(device: Device) -> Any:
+    """Sets how many threads torch's operations use in the calling thread."""
+    if device.kind != "cpu":
+        return lambda threads: None
+    import torch
+
+    return torch.set_num_threads
+
+
+def _close_all() -> None:
+    for dispatcher in list(_registry.values()):
+        dispatcher.close()
+
+
+def _after_fork() -> None:
+    """A forked child has none of its parent's threads: its dispatchers start anew."""
+    global _registry_lock
+    _registry_lock = threading.Lock()
+    _registry.clear()
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,295 @@
+"""What Embedder and Reranker share: models on devices, the way of a call through them, and its end."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from memsafe.config import MemoryPolicy, cache_dir
+from memsafe.errors import BusyError, ClosedError, ConfigError, InputError
+from memsafe.events import Event, EventHook, InputsTruncated, ReportBuilder, RunReport
+from memsafe.planning.batch import TokenizedInput
+from memsafe.planning.budget import MemoryBudget
+from memsafe.planning.cost import CostModel
+from memsafe.planning.store import CostStore
+from memsafe.runtime import allocator
+from memsafe.runtime.device import Device, open_device
+from memsafe.runtime.dispatcher import dispatcher_of
+from memsafe.runtime.executor import Executor
+from memsafe.runtime.jobs import BULK, QUERY, Backlog, Job, QueueKey
+from memsafe.runtime.models import LoadedModel, ModelSpec, load
+from memsafe.runtime.output import Rows
+
+__all__ = ["Engine"]
+
+log = logging.getLogger("memsafe")
+
+_FIRST_CHUNK, _LARGEST_CHUNK = 64, 1024
+"""Inputs tokenised at a time: few at first, so that computing starts at once, then more."""
+
+
+class Engine:
+    """One model on one or more devices, one queue in front of them. Thread-safe.
+
+    devices: torch's names, or None for the best one. Naming a device twice gives two copies of the model on it.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        devices: Sequence[str | None],
+        policy: MemoryPolicy,
+        hooks: Sequence[EventHook] = (),
+    ) -> None:
+        self.policy = policy
+        self._hooks = tuple(hooks)
+        for hook in self._hooks:
+            if not callable(hook):
+                raise ConfigError(f"hooks: got a {type(hook).__name__}; give callables that take one event")
+        state = allocator.configure(policy.alloc_conf)
+        self._notes = (state.note,) if state.note and state.status not in ("set", "off") else ()
+        if policy.strict_heap:
+            allocator.strict_heap()
+        self._store = CostStore(os.path.join(cache_dir(), "costs")) if policy.learn else None
+        self.spec = spec
+        self.models: list[LoadedModel] = []
+        self._baselines: list[int] = []
+        self._pid = os.getpid()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._hook_failed = False
+        opened = [open_device(name) for name in devices]
+        for position, device in enumerate(opened):
+            self._load(spec, device, position)
+        self.backlog = Backlog()
+        self.executors: list[Executor] = []
+        self._attach()
+
+    def _load(self, spec: ModelSpec, device: Device, position: int) -> None:
+        before = device.snapshot()
+        budget = self._budget(device, before.reserved_bytes)
+        given = spec.model if not isinstance(spec.model, str) else None
+        if given is not None:
+            # a loaded model stays where it is; further devices get copies
+            model = given if position == 0 else copy.deepcopy(given)
+            spec = ModelSpec(**{**vars(spec), "model": model.to(device.name)})
+        self.models.append(load(spec, device, self.policy, budget.headroom_bytes(before)))
+        self._baselines.append(before.reserved_bytes)
+
+    def _budget(self, device: Device, baseline_bytes: int) -> MemoryBudget:
+        total = device.total_bytes
+        return MemoryBudget(
+            limit_bytes=self.policy.limit_bytes(total),
+            reserve_bytes=self.policy.reserve_bytes(total),
+            baseline_bytes=baseline_bytes,
+        )
+
+    def _attach(self) -> None:
+        for model, baseline in zip(self.models, self._baselines, strict=True):
+            key = model.cost_key()
+            cost = self._store.load(key) if self._store is not None else None
+            executor = Executor(
+                model,
+                model.device,
+                self.policy,
+                cost or CostModel(key, model.cost_prior()),
+                self._budget(model.device, baseline),
+                self.backlog,
+                remember=self._remember,
+            )
+            self.executors.append(executor)
+            dispatcher_of(model.device).attach(executor)
+
+    def _remember(self, cost: CostModel) -> None:
+        if self._store is not None:
+            self._store.save(cost)
+
+    @property
+    def model(self) -> LoadedModel:
+        """The first device's copy: what may be asked about the model may be asked of it."""
+        if self._closed:
+            raise ClosedError("closed; make a new one")
+        return self.models[0]
+
+    # one call
+
+    def start(
+        self,
+        num_inputs: int,
+        *,
+        prompt: str | None,
+        urgent: bool,
+        max_rows: int | None,
+        progress: Callable[[int], None] | None = None,
+        positions: Sequence[int] | None = None,
+    ) -> Job:
+        """Open a job for `num_inputs` distinct inputs, to be given with :meth:`feed`."""
+        self._check_usable()
+        if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
+            raise ConfigError(f"max_rows: got {max_rows!r}; give an int of at least 1, or None for no cap")
+        if self.policy.max_pending is not None and self.policy.on_full == "raise":
+            waiting = self.backlog.pending
+            if waiting + num_inputs > self.policy.max_pending and waiting:
+                raise BusyError(
+                    f"{waiting} inputs wait already and this call has {num_inputs}, but max_pending is "
+                    f"{self.policy.max_pending}; call again later, or use on_full='wait'"
+                )
+        encoder = self.model.encoder
+        extras = encoder.extras(prompt)
+        if encoder.mode == "opaque":
+            extras = {**extras, "prompt": prompt}
+        features = (prompt if encoder.mode == "opaque" else extras.get("prompt_length"),)
+        key = QueueKey((QUERY if urgent else BULK, max_rows, features))
+        job = Job(num_inputs, key, extras, ReportBuilder(), progress, self._emit if self._hooks else None, positions)
+        job.started = time.perf_counter()
+        job.process_bytes_before = self.models[0].device.process_bytes()
+        return job
+
+    def feed(self, job: Job, inputs: Sequence[Any], prompt: str | None) -> None:
+        """Tokenise `inputs`, longest first by characters, while the devices compute what is tokenised already."""
+        order = sorted(range(len(inputs)), key=lambda i: _chars(inputs[i]), reverse=True)
+        truncated = 0
+        encoder = self.model.encoder
+        for chunk in _chunks(order):
+            if job.done:
+                break
+            started = time.perf_counter()
+            texts = [inputs[i] for i in chunk]
+            try:
+                encoded = encoder.encode(texts, prompt)
+            except Exception as error:
+                bad = next((i for i in chunk if not _tokenizable(inputs[i])), None)
+                failure = error if bad is None else _not_unicode(job.position(bad))
+                job.fail(failure)
+                break
+            raw = texts if encoder.mode == "opaque" else [None] * len(texts)
+            items = [
+                TokenizedInput(i, e.input_ids, e.token_type_ids, num_tokens=e.num_tokens, job=job, raw=r)
+                for i, e, r in zip(chunk, encoded, raw, strict=True)
+            ]
+            truncated += sum(e.truncated for e in encoded)
+            job.report.add(tokenize_s=time.perf_counter() - started)
+            self.backlog.extend(job, items, self.policy.max_pending)
+        if truncated:
+            self._tell_truncated(job, truncated)
+
+    def finish(self, job: Job, *, num_texts: int) -> tuple[Rows | None, RunReport]:
+        """Wait for the job's rows; returns them with the report. Raises what the job ended with."""
+        try:
+            rows = job.result()
+        finally:
+            self._release(job)
+        return rows, self._report(job, num_texts)
+
+    def _report(self, job: Job, num_texts: int) -> RunReport:
+        model = self.model
+        job.report.set(
+            device=", ".join(m.device.name for m in self.models),
+            path=model.path,
+            dtype=model.dtype_name,
+            texts=num_texts,
+            distinct_texts=job.writer.num_rows,
+            weights_bytes=sum(m.weights_bytes for m in self.models),
+            lanes=max(executor.lanes[0] for executor in self.executors),
+            total_s=time.perf_counter() - job.started,
+        )
+        for note in self._notes:
+            job.report.note(note)
+        return job.report.build()
+
+    def _release(self, job: Job) -> None:
+        if self.backlog.pending or self._closed:
+            return  # others are still at work and would only fetch it back
+        for executor in self.executors:
+            executor.release_after_run(job, job.process_bytes_before)
+
+    def _tell_truncated(self, job: Job, count: int) -> None:
+        length = self.model.encoder.max_length or 0
+        job.report.add(truncated=count)
+        some = "1 input was" if count == 1 else f"{count:,} inputs were"
+        warnings.warn(f"{some} longer than {length:,} tokens and were cut there, as the model demands", stacklevel=4)
+        if job.emit is not None:
+            job.emit(InputsTruncated(self.model.device.name, count, length))
+
+    def _emit(self, event: Event) -> None:
+        for hook in self._hooks:
+            try:
+                hook(event)
+            except Exception:
+                if not self._hook_failed:
+                    self._hook_failed = True
+                    log.exception("an event hook failed; later failures of hooks are not reported")
+
+    # life
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ClosedError("closed; make a new one")
+        if os.getpid() == self._pid:
+            return
+        with self._lock:
+            if os.getpid() == self._pid:
+                return
+            for model in self.models:
+                if model.device.kind != "cpu":
+                    raise ClosedError(
+                        f"this process was forked after {model.device.name} was in use, and CUDA does not survive a fork; "
+                        "use the 'spawn' start method, or load the model in the child"
+                    )
+            # a forked child has the weights but none of the threads, and locks in an unknown state
+            self._pid = os.getpid()
+            self.backlog, self.executors = Backlog(), []
+            self._attach()
+
+    def close(self) -> None:
+        """Free the model: calls in progress fail with :class:`ClosedError`, and the memory goes back to the device."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        for job in self.backlog.jobs():
+            job.fail(ClosedError("closed while the call was waiting"))
+        for executor in self.executors:
+            dispatcher_of(executor.device).detach(executor)
+        devices = [model.device for model in self.models]
+        for model in self.models:
+            model.close()
+        self.models, self.executors = [], []
+        self.spec = ModelSpec(self.spec.kind, None, {})
+        for device in devices:
+            device.release()
+
+
+def _chunks(order: Sequence[int]) -> Iterator[Sequence[int]]:
+    size, start = _FIRST_CHUNK, 0
+    while start < len(order):
+        yield order[start : start + size]
+        start += size
+        size = min(2 * size, _LARGEST_CHUNK)
+
+
+def _chars(text: Any) -> int:
+    return len(text) if isinstance(text, str) else sum(len(part) for part in text)
+
+
+def _tokenizable(text: Any) -> bool:
+    try:
+        for part in (text,) if isinstance(text, str) else text:
+            part.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _not_unicode(index: int) -> InputError:
+    return InputError(
+        f"input {index} holds lone surrogates, which are not Unicode text; clean it with "
+        "text.encode('utf-8', 'replace').decode('utf-8')",
+        index=index,
+    )
