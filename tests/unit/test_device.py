@@ -665,6 +665,7 @@ def _brute_force_peak(block: Callable[[], Any]) -> int:
 
     gc.collect()
     old = storages()
+    gc.freeze()  # from here on get_objects lists only what is newer
     tops = [0]
 
     class Brute(TorchDispatchMode):
@@ -673,8 +674,11 @@ def _brute_force_peak(block: Callable[[], Any]) -> int:
             tops.append(sum(size for key, size in storages().items() if key not in old))
             return out
 
-    with torch.no_grad(), Brute():
-        block()
+    try:
+        with torch.no_grad(), Brute():
+            block()
+    finally:
+        gc.unfreeze()
     return max(tops)
 
 
