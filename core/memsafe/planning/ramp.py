@@ -17,7 +17,8 @@ _FILLED = 0.5
 class Ramp:
     """The size of the next micro-batch while the best one is unknown: doubling, until doubling no longer pays.
 
-    policy_knee: a size counts as better only if it is faster than the best so far by more than this fraction.
+    policy_knee: a size counts as better only if it is faster than the best so far by more than this fraction for each
+    doubling between the two.
     start_tokens: the first size. ceiling: never beyond this; None for no ceiling (see also :meth:`limit`).
     target_tokens: the result of an earlier ramp, which is then used and not searched again.
 
@@ -99,8 +100,7 @@ class Ramp:
         rate = (tokens if cost_units is None else cost_units) / seconds
         self._rates[size] = max(rate, self._rates.get(size, 0.0))
         self._samples += 1
-        best_rate = 0.0 if self._best is None else self._rates[self._best]
-        if self._best in (None, size) or self._rates[size] > best_rate * (1 + self._knee):
+        if self._best is None or rate > self._worthwhile(size):
             self._best = size
             self._grow()
         elif self._samples >= 2:
@@ -110,6 +110,11 @@ class Ramp:
             else:
                 self._grow()
         return True
+
+    def _worthwhile(self, size: int) -> float:
+        """The rate from which `size` is better than the best so far: the knee's gain for each doubling in between."""
+        best = self._best or size
+        return self._rates[best] * (1 + self._knee) ** math.log2(size / best)
 
     def _grow(self) -> None:
         size = self._sizes[-1]
