@@ -122,7 +122,8 @@ class Model:
                 engine.feed(job, distinct.values, prompt)
                 rows, report = engine.finish(job, num_texts=len(values))
             except InputTooLargeError as error:
-                raise _spread(error, distinct)
+                _spread(error, distinct)
+                raise
             except BaseException:
                 job.cancel()
                 raise
@@ -140,7 +141,8 @@ class Model:
                 await asyncio.wrap_future(job.future)
                 rows, report = await asyncio.to_thread(engine.finish, job, num_texts=len(values))
             except InputTooLargeError as error:
-                raise _spread(error, distinct)
+                _spread(error, distinct)
+                raise
             except BaseException:
                 job.cancel()
                 raise
@@ -167,11 +169,10 @@ class Model:
             raise ConfigError(str(error)) from error
 
 
-def _spread(error: InputTooLargeError, distinct: inputs.Distinct) -> InputTooLargeError:
-    """The error of the distinct inputs, told for all inputs of the call."""
+def _spread(error: InputTooLargeError, distinct: inputs.Distinct) -> None:
+    """Make the error of the distinct inputs one of all inputs of the call."""
     error.partial = distinct.spread(error.partial)
     error.failed = distinct.affected(error.failed)
-    return error
 
 
 def _rename(options: dict[str, Any]) -> dict[str, Any]:

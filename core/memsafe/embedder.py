@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from memsafe import inputs
 from memsafe.calls import Model, Options
 from memsafe.config import MemoryPolicy
-from memsafe.errors import ConfigError, InputError
+from memsafe.errors import ConfigError
 from memsafe.events import EventHook, RunReport
 
 __all__ = ["Embedder", "EmbeddingRun"]
@@ -69,9 +69,7 @@ class Embedder(Model):
         show_progress: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(
-            model, device, dtype=dtype, max_length=max_length, memory=memory, hooks=hooks, options=options
-        )
+        super().__init__(model, device, dtype=dtype, max_length=max_length, memory=memory, hooks=hooks, options=options)
         self._normalize = normalize
         self._truncate_dim = _check_dim(truncate_dim)
         self._show_progress = show_progress
@@ -127,7 +125,11 @@ class Embedder(Model):
         if self._truncate_dim is not None:
             return self._truncate_dim
         model = self.model
-        name = "get_embedding_dimension" if hasattr(model, "get_embedding_dimension") else "get_sentence_embedding_dimension"
+        name = (
+            "get_embedding_dimension"
+            if hasattr(model, "get_embedding_dimension")
+            else "get_sentence_embedding_dimension"
+        )
         width = getattr(model, name)()
         return int(width) if width is not None else int(self.embed_documents(["a"]).shape[1])
 

@@ -18,18 +18,20 @@ __all__ = ["Distinct", "check_pairs", "check_query", "check_texts", "devices", "
 def check_texts(texts: Any, *, name: str = "texts") -> list[str]:
     """`texts` as a list of str. Raises :class:`InputError` for a bare string, for what is no sequence, for a non-string."""
     if isinstance(texts, (str, bytes)):
-        raise InputError(f"{name}: got a bare {type(texts).__name__} where a list of str is due; write [text]", index=None)
+        raise InputError(
+            f"{name}: got a bare {type(texts).__name__} where a list of str is due; write [text]", index=None
+        )
     if isinstance(texts, np.ndarray):
         texts = texts.tolist()
     if isinstance(texts, Mapping) or not hasattr(texts, "__iter__"):
         raise InputError(f"{name}: got a {type(texts).__name__} where a list of str is due", index=None)
-    texts = list(texts)
-    for index, text in enumerate(texts):
+    checked: list[str] = list(texts)
+    for index, text in enumerate(checked):
         if not isinstance(text, str):
             raise InputError(
                 f"{name}: input {index} is a {type(text).__name__}, not a str; convert it, or leave it out", index=index
             )
-    return texts
+    return checked
 
 
 def check_query(query: Any) -> str:
@@ -41,7 +43,9 @@ def check_query(query: Any) -> str:
 def check_pairs(pairs: Any) -> list[tuple[str, str]]:
     """`pairs` as a list of (query, document) tuples; anything else raises :class:`InputError`."""
     if isinstance(pairs, (str, bytes, Mapping)) or not hasattr(pairs, "__iter__"):
-        raise InputError(f"pairs: got a {type(pairs).__name__} where a list of (query, document) pairs is due", index=None)
+        raise InputError(
+            f"pairs: got a {type(pairs).__name__} where a list of (query, document) pairs is due", index=None
+        )
     checked = []
     for index, pair in enumerate(pairs):
         if isinstance(pair, (str, bytes)) or not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -49,7 +53,9 @@ def check_pairs(pairs: Any) -> list[tuple[str, str]]:
             raise InputError(f"pairs: input {index} is {what}; give (query, document)", index=index)
         for part, text in zip(("query", "document"), pair, strict=True):
             if not isinstance(text, str):
-                raise InputError(f"pairs: the {part} of input {index} is a {type(text).__name__}, not a str", index=index)
+                raise InputError(
+                    f"pairs: the {part} of input {index} is a {type(text).__name__}, not a str", index=index
+                )
         checked.append((pair[0], pair[1]))
     return checked
 

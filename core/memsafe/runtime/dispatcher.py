@@ -95,7 +95,9 @@ class Dispatcher:
         """Start a lane if one more could be of use. Call with the condition held."""
         wanted = max((executor.lanes[0] for executor in self._executors), default=0) + 1
         if len(self._lanes) < wanted:
-            lane = threading.Thread(target=self._lane, name=f"memsafe-{self.device.name}-{len(self._lanes)}", daemon=True)
+            lane = threading.Thread(
+                target=self._lane, name=f"memsafe-{self.device.name}-{len(self._lanes)}", daemon=True
+            )
             self._lanes.add(lane)
             lane.start()
 
@@ -208,9 +210,9 @@ def _thread_setter(device: Device) -> Any:
     """Sets how many threads torch's operations use in the calling thread."""
     if device.kind != "cpu":
         return lambda threads: None
-    import torch
+    from memsafe.runtime.threads import set_threads
 
-    return torch.set_num_threads
+    return set_threads
 
 
 def _close_all() -> None:

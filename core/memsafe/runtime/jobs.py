@@ -11,7 +11,7 @@ from typing import Any
 from memsafe.errors import CancelledError, InputTooLargeError
 from memsafe.events import ReportBuilder
 from memsafe.planning.batch import TokenizedInput
-from memsafe.runtime.output import RowWriter, Rows
+from memsafe.runtime.output import Rows, RowWriter
 
 __all__ = ["BULK", "QUERY", "Backlog", "Job", "QueueKey"]
 

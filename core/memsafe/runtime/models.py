@@ -241,10 +241,10 @@ class LoadedModel:
     # tensors
 
     def _packed_tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        ids = self._to_device(np.concatenate([item.input_ids for item in batch.items]))  # type: ignore[misc]
+        ids = self._to_device(np.concatenate([item.input_ids for item in batch.items]))
         if batch.items[0].token_type_ids is None:
             return ids, None
-        return ids, self._to_device(np.concatenate([item.token_type_ids for item in batch.items]))  # type: ignore[misc]
+        return ids, self._to_device(np.concatenate([item.token_type_ids for item in batch.items]))
 
     def _to_device(self, values: Any) -> Tensor:
         """int64 on the device. Pinned on the way to an accelerator, so that the copy does not stop the host."""
@@ -275,7 +275,8 @@ class LoadedModel:
             arrays["input_ids"][row, place] = item.input_ids
             arrays["attention_mask"][row, place] = 1
             if "token_type_ids" in arrays:
-                arrays["token_type_ids"][row, place] = 0 if item.token_type_ids is None else item.token_type_ids
+                types = item.token_type_ids
+                arrays["token_type_ids"][row, place] = 0 if types is None else types  # type: ignore[assignment]
         tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         return {**extras, **tensors}, min(batch.lengths) == width
 

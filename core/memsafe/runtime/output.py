@@ -50,7 +50,7 @@ class HostCopy:
 
             host = torch.empty(rows.shape, dtype=torch.float32, pin_memory=True)
             host.copy_(rows, non_blocking=True)
-            self._rows, self._event = host, torch.cuda.Event()
+            self._rows, self._event = host, torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(rows.device))
 
     def wait(self) -> Rows:

@@ -37,7 +37,7 @@ def hf_tokenizer(model: Any) -> Any | None:
     return tokenizer if hasattr(tokenizer, "model_max_length") else None
 
 
-def preprocess(model: Any, inputs: Sequence[str] | Sequence[Pair], prompt: str | None) -> dict[str, Any]:
+def preprocess(model: Any, inputs: Sequence[Any], prompt: str | None) -> dict[str, Any]:
     """Features of `inputs` exactly as the model's own ``encode`` / ``predict`` would make them, padded, on the CPU."""
     if hasattr(model, "preprocess"):
         return dict(model.preprocess(list(inputs), prompt=prompt))

@@ -131,9 +131,9 @@ class InputEncoder:
         prefix, normalise = prompt or "", self._normalise
         batch: list[Any]
         if self._pairs:
-            batch = [(self._query(normalise(prefix + q)), self._cut(normalise(d))) for q, d in inputs]  # type: ignore[misc]
+            batch = [(self._query(normalise(prefix + pair[0])), self._cut(normalise(pair[1]))) for pair in inputs]
         else:
-            batch = [self._cut(normalise(prefix + text)) for text in inputs]  # type: ignore[operator]
+            batch = [self._cut(normalise(prefix + str(text))) for text in inputs]
         limit = self.max_length
         typed = "token_type_ids" in self.feature_names
         encoded = []
@@ -166,7 +166,7 @@ class InputEncoder:
         return head if self._fast.encode(head).overflowing else text
 
     def _preprocess(self, inputs: Sequence[Text], prompt: str | None) -> dict[str, Any]:
-        return sbert.preprocess(self._model, inputs, prompt)  # type: ignore[arg-type]
+        return sbert.preprocess(self._model, inputs, prompt)
 
     def _unpadded(self, features: dict[str, Any]) -> list[Encoded]:
         ids, mask = features["input_ids"].numpy(), features["attention_mask"].numpy().astype(bool)

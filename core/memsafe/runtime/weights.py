@@ -57,7 +57,10 @@ def inspect(
     """
     path = Path(model).expanduser()
     looks_local = (
-        path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or os.sep != "/" and os.sep in model
+        path.is_absolute()
+        or model.startswith((".", "~"))
+        or model.count("/") > 1
+        or (os.sep != "/" and os.sep in model)
     )
     if path.is_dir():
         folder = path
