@@ -32,7 +32,8 @@ MEMORY_APIS = {
     "set_per_process_memory_fraction",
     "virtual_memory",
 }
-MAY_CALL_THEM = {"core/memsafe/runtime/device.py", "core/memsafe/runtime/allocator.py"}
+DEVICE_FAMILY = {f"core/memsafe/runtime/{name}.py" for name in ("allocator", "device", "host", "meter", "portable")}
+"""device.py and what it is made of; nothing else imports the last three."""
 
 
 def code(path: Path) -> Iterator[tuple[int, str]]:
@@ -49,8 +50,8 @@ def code(path: Path) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_memory_apis_are_called_in_one_place(path: Path) -> None:
-    """Only runtime/device.py and runtime/allocator.py ask torch or the system about memory."""
-    if path.relative_to(ROOT).as_posix() not in MAY_CALL_THEM:
+    """Only runtime/device.py, its parts and runtime/allocator.py ask torch or the system about memory."""
+    if path.relative_to(ROOT).as_posix() not in DEVICE_FAMILY:
         assert [(line, name) for line, name in code(path) if name in MEMORY_APIS] == []
 
 
@@ -59,3 +60,14 @@ def test_no_assert_checks_input(path: Path) -> None:
     """`python -O` removes asserts, so none of ours may matter: the packages hold none."""
     found = [node.lineno for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Assert)]
     assert found == []
+
+
+def test_only_the_device_knows_its_parts() -> None:
+    """The rest of the core sees the machine through runtime/device.py: host, meter and portable are its own."""
+    parts = {f"memsafe.runtime.{name}" for name in ("host", "meter", "portable")}
+    for path in SOURCES:
+        if path.relative_to(ROOT).as_posix() not in DEVICE_FAMILY:
+            imported = [
+                node.module for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.ImportFrom)
+            ]
+            assert parts.isdisjoint(imported), path
