@@ -1,16 +1,22 @@
 """memsafe for LangChain: :class:`MemsafeEmbeddings`, :class:`MemsafeRerank` and :class:`MemsafeCrossEncoder`."""
 
+from __future__ import annotations
+
 try:
-    import langchain_core  # noqa: F401
+    import langchain_core as _langchain_core
 except ModuleNotFoundError as error:
-    if error.name != "langchain_core":
+    if not (error.name or "").startswith("langchain_core"):
         raise
     from memsafe import MissingExtraError
 
-    raise MissingExtraError("langchain_memsafe needs langchain-core: pip install 'memsafe[langchain]'") from error
+    raise MissingExtraError(
+        'langchain-core is not installed; run: pip install "memsafe[langchain]"', name="langchain_core"
+    ) from error
 
 from langchain_memsafe.cross_encoder import MemsafeCrossEncoder
 from langchain_memsafe.embeddings import MemsafeEmbeddings
 from langchain_memsafe.rerank import MemsafeRerank
+
+del _langchain_core
 
 __all__ = ["MemsafeCrossEncoder", "MemsafeEmbeddings", "MemsafeRerank"]

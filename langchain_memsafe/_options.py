@@ -43,8 +43,6 @@ def encode_options(given: Mapping[str, Any], *, device: Any) -> dict[str, Any]:
     options = _common(rest, "encode_kwargs", _ENCODE, device)
     if "normalize_embeddings" in options:
         options["normalize"] = bool(options.pop("normalize_embeddings"))
-    if "precision" in options and options["precision"] is None:
-        del options["precision"]
     return options
 
 
@@ -60,6 +58,18 @@ def predict_options(given: Mapping[str, Any], *, device: Any) -> dict[str, Any]:
     for name in ("convert_to_tensor", "convert_to_numpy"):  # the container; the scores are the same
         rest.pop(name, None)
     return _common(rest, "predict_kwargs", _PREDICT, device)
+
+
+def urgent(options: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Say that someone waits for these `options`: the core puts queries before bulk work.
+
+    A query would get the prompt that the model saved for queries; naming the prompt that a plain ``encode`` or
+    ``predict`` uses keeps upstream's numbers.
+    """
+    if "prompt" not in options and "prompt_name" not in options:
+        name = getattr(model, "default_prompt_name", None)
+        options = {**options, **({"prompt": ""} if name is None else {"prompt_name": name})}
+    return {**options, "kind": "query"}
 
 
 def load_options(given: Mapping[str, Any], taken: Iterable[str] = ()) -> dict[str, Any]:
@@ -119,8 +129,8 @@ def _common(rest: dict[str, Any], where: str, names: tuple[str, ...], device: An
                 f"{where}: batch_size must be a positive integer, got {size!r}; leave it out and the planner decides"
             )
         options["max_rows"] = size
-    for name in [name for name in names if name in rest]:
-        options[name] = rest.pop(name)
+    given = {name: rest.pop(name) for name in names if name in rest}
+    options |= {name: value for name, value in given.items() if value is not None}  # None: as if it were left out
     if rest:
         known = ", ".join(
             sorted((*names, "batch_size", "chunk_size", "convert_to_numpy", "convert_to_tensor", "device"))

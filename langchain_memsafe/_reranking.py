@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from pydantic import Field
 
 from langchain_memsafe._core import CoreModel
-from langchain_memsafe._options import chosen_device, load_options, predict_options
+from langchain_memsafe._options import chosen_device, load_options, predict_options, urgent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,8 +55,10 @@ class RerankerModel(CoreModel):
             hooks=self.hooks,
         )
 
-    def _options(self) -> dict[str, Any]:
-        return {**predict_options(self.predict_kwargs, device=self._shared.device), "show_progress": self.show_progress}
+    def _options(self, reranker: Reranker) -> dict[str, Any]:
+        """Options of ``Reranker.run``: someone waits for a ranking, so it goes before bulk work."""
+        options = urgent(predict_options(self.predict_kwargs, device=self._shared.device), reranker.model)
+        return {**options, "show_progress": self.show_progress}
 
 
 def relevance(scores: np.ndarray) -> np.ndarray:

@@ -70,12 +70,13 @@ class MemsafeCrossEncoder(RerankerModel, BaseCrossEncoder):
         Raises:
             memsafe.InputError: An entry is not a pair of strings; ``index`` says which.
         """
-        return cast("list[float]", relevance(self.reranker.score_pairs(text_pairs, **self._options())))
+        reranker = self.reranker
+        return cast("list[float]", relevance(reranker.score_pairs(text_pairs, **self._options(reranker))))
 
     async def ascore(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """As :meth:`score`; the event loop stays free, and cancelling the task cancels the work."""
         reranker = await self._shared.aget(self._build)
-        return cast("list[float]", relevance(await reranker.ascore_pairs(text_pairs, **self._options())))
+        return cast("list[float]", relevance(await reranker.ascore_pairs(text_pairs, **self._options(reranker))))
 
     def _build(self) -> Reranker:
         reranker = super()._build()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from langchain_core.embeddings import Embeddings
 from pydantic import Field
 
 from langchain_memsafe._core import CoreModel
-from langchain_memsafe._options import all_devices, chosen_device, encode_options, load_options
+from langchain_memsafe._options import all_devices, chosen_device, encode_options, load_options, urgent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,7 +107,7 @@ class MemsafeEmbeddings(CoreModel, Embeddings):
         Raises:
             memsafe.InputError: `texts` is not a list of strings; ``index`` says which one is not.
         """
-        run = self.embedder.run(_one_line(texts), **self._options(self.encode_kwargs, "document"))
+        run = self.embedder.run(_one_line(texts), **self._options(self.encode_kwargs))
         return cast("list[list[float]]", run.embeddings.tolist())
 
     def embed_query(self, text: str) -> list[float]:
@@ -116,19 +116,19 @@ class MemsafeEmbeddings(CoreModel, Embeddings):
         Raises:
             memsafe.InputError: `text` is not a string.
         """
-        run = self.embedder.run(_one_line([text]), **self._options(self._query_kwargs(), "query"))
+        run = self.embedder.run(_one_line([text]), **self._query_options(self.embedder))
         return cast("list[float]", run.embeddings[0].tolist())
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """As :meth:`embed_documents`; the event loop stays free, and cancelling the task cancels the work."""
         embedder = await self._shared.aget(self._build)
-        run = await embedder.arun(_one_line(texts), **self._options(self.encode_kwargs, "document"))
+        run = await embedder.arun(_one_line(texts), **self._options(self.encode_kwargs))
         return await _to_lists(run.embeddings)
 
     async def aembed_query(self, text: str) -> list[float]:
         """As :meth:`embed_query`; the event loop stays free, and cancelling the task cancels the work."""
         embedder = await self._shared.aget(self._build)
-        run = await embedder.arun(_one_line([text]), **self._options(self._query_kwargs(), "query"))
+        run = await embedder.arun(_one_line([text]), **self._query_options(embedder))
         return cast("list[float]", run.embeddings[0].tolist())
 
     def _build(self) -> Embedder:
@@ -147,14 +147,18 @@ class MemsafeEmbeddings(CoreModel, Embeddings):
             hooks=self.hooks,
         )
 
-    def _query_kwargs(self) -> Mapping[str, Any]:
-        return self.query_encode_kwargs if len(self.query_encode_kwargs) > 0 else self.encode_kwargs
+    def _options(self, encode_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of ``Embedder.run``. Without a kind, ``run`` does as ``SentenceTransformer.encode`` does."""
+        options: dict[str, Any] = {"kind": "document" if self.use_saved_prompts else None}
+        if self.multi_process:
+            return {**options, "show_progress": False}
+        options |= encode_options(encode_kwargs, device=self._shared.device)
+        return {**options, "show_progress": self.show_progress}
 
-    def _options(self, encode_kwargs: Mapping[str, Any], kind: Literal["document", "query"]) -> dict[str, Any]:
-        """Options of ``Embedder.run``. Without `kind`, ``run`` does as ``SentenceTransformer.encode`` does."""
-        options = {} if self.multi_process else encode_options(encode_kwargs, device=self._shared.device)
-        show_progress = self.show_progress and not self.multi_process
-        return {**options, "kind": kind if self.use_saved_prompts else None, "show_progress": show_progress}
+    def _query_options(self, embedder: Embedder) -> dict[str, Any]:
+        """Options of ``Embedder.run`` for a query: `query_encode_kwargs` as a whole, or `encode_kwargs`."""
+        options = self._options(self.query_encode_kwargs if len(self.query_encode_kwargs) > 0 else self.encode_kwargs)
+        return {**options, "kind": "query"} if self.use_saved_prompts else urgent(options, embedder.model)
 
 
 def _one_line(texts: Any) -> Any:

@@ -61,7 +61,8 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
         texts = _texts(documents, Document)
         if not texts:
             return []
-        return self._keep(documents, self.reranker.score(query, texts, **self._options()))
+        reranker = self.reranker
+        return self._keep(documents, reranker.score(query, texts, **self._options(reranker)))
 
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -72,7 +73,7 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
         if not texts:
             return []
         reranker = await self._shared.aget(self._build)
-        return self._keep(documents, await reranker.ascore(query, texts, **self._options()))
+        return self._keep(documents, await reranker.ascore(query, texts, **self._options(reranker)))
 
     def rerank(
         self, documents: Sequence[str | Document], query: str, *, top_n: int | None = -1
@@ -86,7 +87,10 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
         """
         kept = self._num_kept(self.top_n if top_n == -1 else top_n)
         texts = _texts(documents, (str, Document))
-        return _ranking(self.reranker.score(query, texts, **self._options()), kept) if texts else []
+        if not texts:
+            return []
+        reranker = self.reranker
+        return _ranking(reranker.score(query, texts, **self._options(reranker)), kept)
 
     async def arerank(
         self, documents: Sequence[str | Document], query: str, *, top_n: int | None = -1
@@ -97,7 +101,7 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
         if not texts:
             return []
         reranker = await self._shared.aget(self._build)
-        return _ranking(await reranker.ascore(query, texts, **self._options()), kept)
+        return _ranking(await reranker.ascore(query, texts, **self._options(reranker)), kept)
 
     def _num_kept(self, top_n: int | None) -> int | None:
         """`top_n` as the end of a slice."""
