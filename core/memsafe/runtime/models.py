@@ -272,11 +272,11 @@ class LoadedModel:
             arrays["token_type_ids"] = np.full((rows, width), self.encoder.pad_type_id, dtype=np.int64)
         for row, item in enumerate(batch.items):
             place = slice(width - item.num_tokens, width) if self.encoder.pad_left else slice(0, item.num_tokens)
-            arrays["input_ids"][row, place] = item.input_ids
+            arrays["input_ids"][row, place] = np.asarray(item.input_ids)
             arrays["attention_mask"][row, place] = 1
             if "token_type_ids" in arrays:
                 types = item.token_type_ids
-                arrays["token_type_ids"][row, place] = 0 if types is None else types  # type: ignore[assignment]
+                arrays["token_type_ids"][row, place] = np.asarray(0 if types is None else types)
         tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         return {**extras, **tensors}, min(batch.lengths) == width
 

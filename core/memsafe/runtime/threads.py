@@ -41,12 +41,14 @@ def _local_setters() -> tuple[Callable[[int], object], ...]:
     try:
         torch_library = ctypes.CDLL(core)
         setters = [ctypes.CDLL(openmp[0]).omp_set_num_threads]
-        if torch.backends.mkl.is_available():
+        if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
             setters.append(torch_library.MKL_Set_Num_Threads_Local)
     except (OSError, AttributeError):
         return ()
     for setter in setters:
         setter.argtypes, setter.restype = [ctypes.c_int], None
-    probe = torch.get_num_threads()
-    setters[0](probe)  # that it is the OpenMP which torch uses shows in what torch reads back
-    return tuple(setters) if torch.get_num_threads() == probe else ()
+    before = torch.get_num_threads()
+    setters[0](before + 1)
+    same = torch.get_num_threads() == before + 1  # whether it is the OpenMP that torch uses
+    setters[0](before)
+    return tuple(setters) if same else ()
