@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import timeit
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,7 @@ class FakeGpus:
         fakes: dict[str, Callable[..., Any]] = {
             "is_available": lambda: count > 0,
             "device_count": lambda: count,
+            "init": self._start,
             "is_initialized": lambda: self.started,
             "_is_in_bad_fork": lambda: self.bad_fork,
             "current_device": self._current_device,
@@ -87,6 +89,9 @@ class FakeGpus:
         for name, fake in fakes.items():
             monkeypatch.setattr(self.module, name, fake, raising=False)
 
+    def _start(self) -> None:
+        self.started = True
+
     def _note(self, name: str, index: int) -> int:
         self.calls.append((name, index))
         return index
@@ -96,6 +101,7 @@ class FakeGpus:
         return self.current
 
     def _reset(self, index: int) -> None:
+        assert self.started, "torch refuses: did you call init?"
         self._note("reset_peak_memory_stats", index)
         self.top_allocated[index], self.top_reserved[index] = self.allocated[index], self.reserved[index]
 
@@ -321,29 +327,10 @@ def test_mps_dtypes(mps: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_xpu_dtypes(no_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the device's properties say; bfloat16 is asked without emulation, under the right device."""
+    """As the properties of the right device say."""
     FakeGpus("xpu", 2, monkeypatch)
-    current = [0]
-
-    class Under:
-        def __init__(self, index: int) -> None:
-            self.index = index
-
-        def __enter__(self) -> None:
-            current[0] = self.index
-
-        def __exit__(self, *_: object) -> None:
-            current[0] = 0
-
-    monkeypatch.setattr(torch.xpu, "device", Under)
-    monkeypatch.setattr(
-        torch.xpu,
-        "is_bf16_supported",
-        lambda including_emulation: current[0] == 1 and not including_emulation,
-        raising=False,
-    )
-    properties = type("Properties", (), {"has_fp16": True, "has_fp64": False})
-    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: properties)
+    has = {0: {"has_fp64": True}, 1: {"has_fp16": True, "has_fp64": False, "has_bfloat16_conversions": True}}
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: types.SimpleNamespace(**has[index]))
     device = open_device("xpu:1")
     assert [device.supports(name) for name in ("bfloat16", "float16", "float64", "float32")] == [
         True,

@@ -201,6 +201,7 @@ class _CachedDevice(Device):
     def measure(self, live: bool = False) -> Iterator[Peak]:
         peak, overlap, module = Peak(), Overlap.of(self.name), self._torch
         token = overlap.enter()
+        module.init()  # the counters of an unused torch cannot be reset
         module.reset_peak_memory_stats(self.index)
         allocated, reserved = module.memory_allocated(self.index), module.memory_reserved(self.index)
         try:
@@ -253,13 +254,10 @@ class XpuDevice(_CachedDevice):
 
     def supports(self, dtype_name: str) -> bool:
         dtype_name = dtype_name.removeprefix("torch.")
-        if dtype_name == "bfloat16":
-            with torch.xpu.device(self.index):
-                return bool(torch.xpu.is_bf16_supported(including_emulation=False))
-        if dtype_name in ("float16", "float64"):
-            properties = torch.xpu.get_device_properties(self.index)
-            return bool(getattr(properties, "has_fp16" if dtype_name == "float16" else "has_fp64", False))
-        return dtype_name == "float32"
+        has = {"bfloat16": "has_bfloat16_conversions", "float16": "has_fp16", "float64": "has_fp64"}.get(dtype_name)
+        if has is None:
+            return dtype_name == "float32"
+        return bool(getattr(torch.xpu.get_device_properties(self.index), has, False))
 
 
 def _available(kind: str) -> bool:
