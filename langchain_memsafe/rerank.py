@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,8 +57,7 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
         Raises:
             memsafe.InputError: `query` is not a string, or an entry is not a document; ``index`` says which.
         """
-        documents = list(documents)
-        texts = _texts(documents, Document)
+        documents, texts = _checked(documents, Document)
         if not texts:
             return []
         reranker = self.reranker
@@ -68,8 +67,7 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """As :meth:`compress_documents`; the event loop stays free, and cancelling the task cancels the work."""
-        documents = list(documents)
-        texts = _texts(documents, Document)
+        documents, texts = _checked(documents, Document)
         if not texts:
             return []
         reranker = await self._shared.aget(self._build)
@@ -86,7 +84,7 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
             top_n: How many; None for all, -1 for the `top_n` of this object.
         """
         kept = self._num_kept(self.top_n if top_n == -1 else top_n)
-        texts = _texts(documents, (str, Document))
+        documents, texts = _checked(documents, (str, Document))
         if not texts:
             return []
         reranker = self.reranker
@@ -97,7 +95,7 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
     ) -> list[dict[str, Any]]:
         """As :meth:`rerank`; the event loop stays free, and cancelling the task cancels the work."""
         kept = self._num_kept(self.top_n if top_n == -1 else top_n)
-        texts = _texts(documents, (str, Document))
+        documents, texts = _checked(documents, (str, Document))
         if not texts:
             return []
         reranker = await self._shared.aget(self._build)
@@ -128,12 +126,12 @@ def _scored(document: Document, key: str, score: float) -> Document:
     return document.model_copy(update={"metadata": {**copy.deepcopy(document.metadata), key: score}})
 
 
-def _texts(documents: Any, kinds: type | tuple[type, ...]) -> list[str]:
-    if isinstance(documents, (str, bytes, Document)) or not isinstance(documents, Iterable):
-        raise InputError(f"documents: got {type(documents).__name__}; give a list of documents", index=None)
-    texts: list[str] = []
+def _checked(documents: Any, kinds: type | tuple[type, ...]) -> tuple[list[Any], list[str]]:
+    """`documents` as a list, and what the model is to read of each."""
+    if isinstance(documents, (str, bytes, Mapping, Document)) or not isinstance(documents, Iterable):
+        raise InputError(f"documents: got a {type(documents).__name__}; give a list of documents", index=None)
+    documents = list(documents)
     for index, document in enumerate(documents):
         if not isinstance(document, kinds):
-            raise InputError(f"documents: entry {index} is {type(document).__name__}, not a document", index=index)
-        texts.append(document.page_content if isinstance(document, Document) else str(document))
-    return texts
+            raise InputError(f"documents: entry {index} is a {type(document).__name__}, not a document", index=index)
+    return documents, [entry.page_content if isinstance(entry, Document) else entry for entry in documents]
