@@ -114,7 +114,7 @@ class Ramp:
     def _worthwhile(self, size: int) -> float:
         """The rate from which `size` is better than the best so far: the knee's gain for each doubling in between."""
         best = self._best or size
-        return self._rates[best] * (1 + self._knee) ** math.log2(size / best)
+        return self._rates[best] * math.pow(1 + self._knee, math.log2(size / best))
 
     def _grow(self) -> None:
         size = self._sizes[-1]

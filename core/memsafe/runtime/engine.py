@@ -213,7 +213,7 @@ class Engine:
         length = self.model.encoder.max_length or 0
         job.report.add(truncated=count)
         some = "1 input was" if count == 1 else f"{count:,} inputs were"
-        warnings.warn(f"{some} longer than {length:,} tokens and were cut there, as the model demands", stacklevel=5)
+        warnings.warn(f"{some} longer than {length:,} tokens and cut there, as the model demands", stacklevel=5)
         if job.emit is not None:
             job.emit(InputsTruncated(self.model.device.name, count, length))
 

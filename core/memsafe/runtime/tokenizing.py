@@ -71,6 +71,7 @@ class InputEncoder:
         self.feature_names: tuple[str, ...] = ()
         self.mode = "opaque"
         self._fast: Any = None
+        self._whole: Any = None
         self._cut_side = "right"
         self._choose(tokenizer)
 
@@ -116,6 +117,9 @@ class InputEncoder:
             if all(_same(a, b) for a, b in zip(self._encode_fast(samples, None), reference, strict=True)):
                 self._truncate("only_second" if self._only_second else "longest_first")
                 self.mode = "fast"
+                if self._query_max_length is not None:
+                    self._whole = copy.deepcopy(self._fast)
+                    self._whole.no_truncation()
                 return
         self._fast, self._normalise = None, _NORMALISERS[0]
 
@@ -146,11 +150,10 @@ class InputEncoder:
 
     def _query(self, query: str) -> str:
         """The query, cut to `query_max_length` tokens where that was asked for."""
-        if self._query_max_length is None or self.mode != "fast":
+        if self._query_max_length is None or self._whole is None:
             return query
-        enc = self._fast.encode(query, add_special_tokens=False)
+        enc = self._whole.encode(query, add_special_tokens=False)
         if len(enc.ids) <= self._query_max_length:
-            # a single text longer than the model's length is cut by the tokenizer itself, which is never shorter
             return query
         return query[: enc.offsets[self._query_max_length - 1][1]]
 
