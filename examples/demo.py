@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Iterable
 
 from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_core.documents import Document
 from langchain_core.vectorstores import InMemoryVectorStore
-from llama_index.core import VectorStoreIndex
+from llama_index.core import Settings, VectorStoreIndex
 from llama_index.core.llms import MockLLM
 from llama_index.core.schema import TextNode
 
@@ -22,8 +23,9 @@ import llama_index_memsafe
 from memsafe import RunReport
 from models import demo_reranker, minilm
 from passages import QUESTIONS, Passage, load_passages
+from transformers.utils import logging as transformers_logging
 
-TOP_K, TOP_N = 10, 3
+TOP_K, TOP_N = 20, 3
 RERANKER_NOTE = (
     "The reranker is a small demo model made for this repository (examples/assets/demo-reranker): it shows the plumbing, "
     "not quality. For real work name BAAI/bge-reranker-v2-m3 or Alibaba-NLP/gte-multilingual-reranker-base instead."
@@ -32,6 +34,8 @@ RERANKER_NOTE = (
 
 def main(embedding_model: str | None = None, reranker_model: str | None = None) -> None:
     started = time.perf_counter()
+    warnings.filterwarnings("ignore", message=".* longer than .* tokens")  # the report counts them
+    transformers_logging.disable_progress_bar()
     passages = load_passages()
     questions = list(QUESTIONS.items())[:3]
     lengths = sorted(len(passage.text) for passage in passages)
@@ -56,18 +60,18 @@ def through_llama_index(
 ) -> dict[str, RunReport]:
     """Index, ask through a query engine, and return the reports of the same work done once more by the core."""
     heading("LlamaIndex: VectorStoreIndex, query engine with MemsafeRerank")
-    embed_model = llama_index_memsafe.MemsafeEmbedding(model_name=embedding_model)
+    Settings.llm = MockLLM()  # nothing is generated here
+    Settings.embed_model = embed_model = llama_index_memsafe.MemsafeEmbedding(model_name=embedding_model)
     rerank = llama_index_memsafe.MemsafeRerank(model=reranker_model, top_n=TOP_N)
     nodes = [TextNode(id_=passage.name, text=passage.text) for passage in passages]
-    index = VectorStoreIndex(nodes, embed_model=embed_model)
-    engine = index.as_query_engine(
-        llm=MockLLM(), response_mode="no_text", similarity_top_k=TOP_K, node_postprocessors=[rerank]
-    )
+    index = VectorStoreIndex(nodes)
+    engine = index.as_query_engine(response_mode="no_text", similarity_top_k=TOP_K, node_postprocessors=[rerank])
     for question, answer in questions:
         found = engine.query(question).source_nodes
         show(question, answer, ((node.score or 0.0, node.node.node_id, node.node.get_content()) for node in found))
 
-    pairs = [(question, passage.text) for question, _ in questions for passage in passages]
+    retriever = index.as_retriever(similarity_top_k=TOP_K)
+    pairs = [(question, node.get_content()) for question, _ in questions for node in retriever.retrieve(question)]
     return {
         f"Embedding {len(passages)} passages": embed_model.embedder.run([passage.text for passage in passages]).report,
         f"Reranking {len(pairs)} pairs": rerank.reranker.run(pairs).report,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from llama_index.core import VectorStoreIndex
+from llama_index.core import Settings, VectorStoreIndex
 from llama_index.core.llms import MockLLM
 from llama_index.core.schema import TextNode
 
@@ -21,13 +21,12 @@ def main(embedding_model: str | None = None, reranker_model: str | None = None) 
     for node in nodes:
         node.excluded_embed_metadata_keys = ["name"]  # the text says it already
 
-    embed_model = MemsafeEmbedding(model_name=embedding_model or minilm())
+    Settings.llm = MockLLM()  # nothing is generated here
+    Settings.embed_model = MemsafeEmbedding(model_name=embedding_model or minilm())
     rerank = MemsafeRerank(model=reranker_model or demo_reranker(), top_n=3)
 
-    index = VectorStoreIndex(nodes, embed_model=embed_model)
-    engine = index.as_query_engine(
-        llm=MockLLM(), response_mode="no_text", similarity_top_k=10, node_postprocessors=[rerank]
-    )
+    index = VectorStoreIndex(nodes)
+    engine = index.as_query_engine(response_mode="no_text", similarity_top_k=10, node_postprocessors=[rerank])
     question = "Which function makes a random token that is safe in a URL?"
     print(question)
     for found in engine.query(question).source_nodes:
