@@ -17,13 +17,13 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from llama_index.core import Settings, VectorStoreIndex
 from llama_index.core.llms import MockLLM
 from llama_index.core.schema import TextNode
+from transformers.utils import logging as transformers_logging
 
 import langchain_memsafe
 import llama_index_memsafe
 from memsafe import RunReport
 from models import demo_reranker, minilm
 from passages import QUESTIONS, Passage, load_passages
-from transformers.utils import logging as transformers_logging
 
 TOP_K, TOP_N = 20, 3
 RERANKER_NOTE = (
