@@ -67,11 +67,18 @@ class Model:
         from memsafe.runtime import allocator
 
         allocator.configure(policy.alloc_conf)
-        from memsafe.runtime.engine import Engine
         from memsafe.runtime.models import ModelSpec
 
         chosen = ModelSpec(self._kind, inputs.model_name(model), _rename(options), **spec)
-        self._engine: Engine = Engine(chosen, names, policy, hooks)
+        self._engine: Engine = self._make_engine(chosen, names, policy, hooks)
+
+    def _make_engine(
+        self, spec: Any, devices: Sequence[str | None], policy: MemoryPolicy, hooks: Sequence[EventHook]
+    ) -> Engine:
+        """What runs this model; memsafe.testing puts a simulated one here."""
+        from memsafe.runtime.engine import Engine
+
+        return Engine(spec, devices, policy, hooks)
 
     @property
     def model(self) -> Any:

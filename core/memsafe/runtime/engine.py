@@ -37,13 +37,13 @@ _FIRST_CHUNK, _LARGEST_CHUNK = 64, 1024
 class Engine:
     """One model on one or more devices, one queue in front of them. Thread-safe.
 
-    devices: torch's names, or None for the best one. Naming a device twice gives two copies of the model on it.
+    devices: torch's names, None for the best one, or opened ones. Naming a device twice gives two copies of the model on it.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
-        devices: Sequence[str | None],
+        devices: Sequence[str | Device | None],
         policy: MemoryPolicy,
         hooks: Sequence[EventHook] = (),
     ) -> None:
@@ -64,7 +64,7 @@ class Engine:
         self._closed = False
         self._lock = threading.Lock()
         self._hook_failed = False
-        opened = [open_device(name) for name in devices]
+        opened = [each if isinstance(each, Device) else open_device(each) for each in devices]
         for position, device in enumerate(opened):
             self._load(spec, device, position)
         self.backlog = Backlog()
