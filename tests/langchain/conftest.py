@@ -74,3 +74,16 @@ def largest_difference(one: Any, other: Any) -> float:
     """The largest difference between two sets of rows or scores; infinite if their shapes differ."""
     one, other = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
     return float(np.abs(one - other).max(initial=0)) if one.shape == other.shape else float("inf")
+
+
+def same_ranking(one: Any, other: Any, key: str = "relevance_score") -> bool:
+    """Whether two rankings (of documents, or of rerank's dicts) agree but for the rounding of scores (1e-5).
+
+    The last digits of a score depend on what it is computed together with, and that on the memory and the moment.
+    """
+    sides = []
+    for ranking in (list(one), list(other)):
+        dumped = [entry.model_dump() if hasattr(entry, "model_dump") else dict(entry) for entry in ranking]
+        sides.append((dumped, [(entry.get("metadata") or entry).pop(key) for entry in dumped]))
+    (entries, scores), (others, other_scores) = sides
+    return entries == others and largest_difference(scores, other_scores) < 1e-5
