@@ -39,7 +39,7 @@ RESIDENT_MARGIN = 0.02
 
 _MAX_OBSERVATIONS = 64
 _DOUBT = 0.05
-"""When residuals stay above this, the prior is wrong for the model; it is then given 30 times less weight."""
+"""When residuals stay above this, the prior is wrong for the model; its deviations are then widened a hundredfold."""
 _REFUTED = 1.6
 """A newer measurement of about the same shape refutes an older one that was larger per token by more than this: other
 work in the process was counted in, and would inflate the margin for long. Alignment explains up to 1.5."""
@@ -284,7 +284,7 @@ class CostModel:
         mean, deviation = self._prior_density(x, y)
         coefficients, covariance, residuals = fit(x, y, mean, deviation)
         if len(y) > 4 and float(np.sqrt(np.mean(residuals**2))) > _DOUBT:
-            coefficients, covariance, residuals = fit(x, y, mean, 30 * deviation)
+            coefficients, covariance, residuals = fit(x, y, mean, 100 * deviation)
         self._c = (float(coefficients[0]), float(coefficients[1]), float(coefficients[2]), float(coefficients[3]))
         # The ten distinct terms of the quadratic form x'Vx, those off the diagonal doubled.
         self._covariance = [float(covariance[i, j]) * (1 + (i != j)) for i in range(4) for j in range(i, 4)]
