@@ -125,7 +125,7 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
         super().__init__(
             model_name=model_name,
             embed_batch_size=embed_batch_size,
-            callback_manager=callback_manager,  # type: ignore[arg-type]
+            callback_manager=callback_manager,
             num_workers=num_workers,
             embeddings_cache=embeddings_cache,
             rate_limiter=rate_limiter,

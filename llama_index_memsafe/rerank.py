@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
-from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]  # no __all__ there
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
@@ -19,7 +18,7 @@ from llama_index.core.utils import infer_torch_device
 
 from llama_index_memsafe._devices import device_list
 from llama_index_memsafe._state import CoreHolder, Reloadable, is_overridden
-from memsafe import ConfigError, EventHook, MemoryPolicy, Reranker
+from memsafe import ConfigError, EventHook, MemoryPolicy, RankedDocument, Reranker
 
 __all__ = ["MemsafeRerank"]
 
@@ -190,7 +189,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         if not nodes:
             return []
         with self._callback(nodes, query) as event:
-            ranked = self._rank(nodes, self.reranker.score(query, _contents(nodes)).tolist())
+            ranked = self._translate(nodes, self.reranker.rerank(query, _contents(nodes)))
             event.on_end(payload={EventPayload.NODES: ranked})
         dispatcher.event(ReRankEndEvent(nodes=ranked))
         return ranked
@@ -207,7 +206,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
             return []
         with self._callback(nodes, query) as event:
             reranker = await self._core.aget()
-            ranked = self._rank(nodes, (await reranker.ascore(query, _contents(nodes))).tolist())
+            ranked = self._translate(nodes, await reranker.arerank(query, _contents(nodes)))
             event.on_end(payload={EventPayload.NODES: ranked})
         dispatcher.event(ReRankEndEvent(nodes=ranked))
         return ranked
@@ -222,7 +221,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
 
     @contextmanager
     def _callback(self, nodes: list[NodeWithScore], query: str) -> Iterator[Any]:
-        payload = {
+        payload: dict[str, Any] = {
             EventPayload.NODES: nodes,
             EventPayload.MODEL_NAME: self.model,
             EventPayload.QUERY_STR: query,
@@ -231,11 +230,9 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
             yield event
 
-    def _rank(self, nodes: list[NodeWithScore], scores: list[float]) -> list[NodeWithScore]:
-        """The best `top_n` nodes, best first, equal scores in their old order; NaN last."""
-        scored = [self._with_score(node, score) for node, score in zip(nodes, scores, strict=False)]
-        order = sorted(range(len(scored)), key=lambda index: math.inf if math.isnan(scores[index]) else -scores[index])
-        return [scored[index] for index in order][: self.top_n]
+    def _translate(self, nodes: list[NodeWithScore], ranked: list[RankedDocument]) -> list[NodeWithScore]:
+        """The best `top_n` nodes, best first. All get their score: upstream edits those that it drops, too."""
+        return [self._with_score(nodes[document.index], document.score) for document in ranked][: self.top_n]
 
     def _with_score(self, node: NodeWithScore, score: float) -> NodeWithScore:
         if self.parity:

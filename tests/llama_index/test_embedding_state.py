@@ -185,6 +185,24 @@ def test_a_forked_child_loads_its_own(plain: str, monkeypatch: pytest.MonkeyPatc
     assert built == [1, 1]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_real_fork(plain: str) -> None:
+    """A forked child uses the parent's object and gets the same numbers from a model of its own."""
+    import multiprocessing
+
+    model = MemsafeEmbedding(plain, device="cpu")
+    expected = model.get_text_embedding_batch(TEXTS)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: sender.send(model.get_text_embedding_batch(TEXTS)), daemon=True)
+    child.start()
+    assert receiver.poll(60)
+    assert np.allclose(receiver.recv(), expected, atol=1e-6)
+    child.join(30)
+    assert child.exitcode == 0
+    assert len(model.get_text_embedding_batch(TEXTS)) == 23
+
+
 def test_threads_load_one_model(plain: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many threads that use an unpickled object at once load one model."""
     from concurrent.futures import ThreadPoolExecutor

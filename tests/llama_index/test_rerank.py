@@ -20,7 +20,7 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
 from llama_index_memsafe import MemsafeEmbedding, MemsafeRerank
-from memsafe import ConfigError, MemoryPolicy, MemsafeError
+from memsafe import ConfigError, MemoryPolicy, MemsafeError, Reranker
 from tests.llama_index.conftest import TEXTS, CoreCalls, recorded
 from tests.models import save_reranker
 
@@ -206,7 +206,9 @@ def test_equal_scores_keep_their_order(reranker: MemsafeRerank) -> None:
 
 def test_a_score_that_is_no_number_comes_last(reranker: MemsafeRerank, monkeypatch: pytest.MonkeyPatch) -> None:
     """Difference: NaN sorts behind every number (upstream: anywhere)."""
-    ranked = reranker._rank(make_nodes(["a", "b", "c", "d"]), [0.1, float("nan"), -3.0, 0.5])
+    scores = np.array([0.1, np.nan, -3.0, 0.5], dtype=np.float32)
+    monkeypatch.setattr(Reranker, "score", lambda self, query, documents, **options: scores)
+    ranked = reranker.postprocess_nodes(make_nodes(["a", "b", "c", "d"]), query_str="a")
     assert [node.node.node_id for node in ranked] == ["n3", "n0", "n2"]
 
 
