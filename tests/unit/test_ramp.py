@@ -109,23 +109,6 @@ def test_bound_before_any_measurement() -> None:
     assert (ramp.done, ramp.target_tokens) == (True, 256)
 
 
-def test_limit_lowers_the_ceiling_at_any_time() -> None:
-    """Before, during and after the ramp, later sizes stay below."""
-    fresh = Ramp(0.03)
-    fresh.limit(100)
-    assert fresh.max_tokens == 100
-    midway = Ramp(0.03)
-    for _ in range(3):
-        midway.record(midway.max_tokens, midway.max_tokens / gpu(midway.max_tokens))
-    assert midway.max_tokens == 1024
-    midway.limit(2000)
-    assert midway.max_tokens == 1024 and not midway.done
-    midway.limit(600)
-    assert midway.done and midway.target_tokens == 512
-    midway.limit(300)
-    assert midway.target_tokens == 300
-
-
 def test_cost_units_compare_micro_batches_of_different_lengths() -> None:
     """Long texts cost more per token. By tokens the second size would look slower, by arithmetic it is as it should be."""
     by_tokens, by_units = Ramp(0.03), Ramp(0.03)

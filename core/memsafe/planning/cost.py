@@ -164,12 +164,6 @@ class CostModel:
         self._refresh()
         return self._worst if any(o.live_bytes is not None for o in self._observations) else UNCALIBRATED_MARGIN
 
-    @property
-    def coefficients(self) -> tuple[float, float, float, float]:
-        """Bytes: fixed, per token, per sequence, per square."""
-        self._refresh()
-        return self._c
-
     def predict(self, shape: BatchShape) -> int:
         """Live tensor bytes beyond the weights: the expectation."""
         self._refresh()

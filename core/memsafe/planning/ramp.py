@@ -19,7 +19,7 @@ class Ramp:
 
     policy_knee: a size counts as better only if it is faster than the best so far by more than this fraction for each
     doubling between the two.
-    start_tokens: the first size. ceiling: never beyond this; None for no ceiling (see also :meth:`limit`).
+    start_tokens: the first size. ceiling: never beyond this; None for no ceiling (see also :meth:`bound`).
     target_tokens: the result of an earlier ramp, which is then used and not searched again.
 
     A size that is not better is measured once more, and then one size further is looked at before stopping: single
@@ -67,17 +67,6 @@ class Ramp:
         """Whether larger sizes were seen not to pay, or an earlier ramp saw it; not if a ceiling or :meth:`bound` ended
         the ramp. Only such a target is worth keeping for another day, when more memory may be free."""
         return self._at_knee
-
-    def limit(self, ceiling: int) -> None:
-        """Never go beyond `ceiling` tokens from now on."""
-        self._ceiling = max(ceiling, 1) if self._ceiling is None else max(min(self._ceiling, ceiling), 1)
-        if self._target is not None:
-            self._target = min(self._target, self._ceiling)
-        elif self.max_tokens > self._ceiling:
-            if self._best is not None:
-                self._target = min(self._best, self._ceiling)
-            else:
-                self._sizes, self._samples = [self._ceiling], 0
 
     def bound(self) -> None:
         """Nothing larger can be had, for example because the budget cut the last micro-batch: settle for the best."""
