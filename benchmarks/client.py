@@ -36,7 +36,9 @@ class Worker:
         """`folder` takes the log and memsafe's learnt costs, so that no run profits from an earlier one."""
         python = python_of(environment)
         if python is None:
-            raise Unavailable(f"environment {environment!r} is not there: python -m benchmarks.environments {environment}")
+            raise Unavailable(
+                f"environment {environment!r} is not there: python -m benchmarks.environments {environment}"
+            )
         self.peer = peer
         name = f"{peer.replace(':', '-')}-{environment or 'main'}"
         self._log = open(folder / f"{name}.log", "a+b")  # noqa: SIM115  (closed by close())

@@ -91,7 +91,10 @@ NOT_COMPARED = (
     ("vLLM", "its CPU build is not among the packages of the index; a server for GPUs first of all"),
     ("FlashAttention-2, xformers, Hub kernels", "need a CUDA device or a download at run time"),
     ("Haystack, txtai", "call SentenceTransformer.encode with a fixed batch size, which is in the table"),
-    ("LangChain's CrossEncoderReranker", "calls CrossEncoder.predict once with its default batch size, which is in the table"),
+    (
+        "LangChain's CrossEncoderReranker",
+        "calls CrossEncoder.predict once with its default batch size, which is in the table",
+    ),
     ("fastembed's TextCrossEncoder", "takes a custom model from a hub only in the tokeniser set-up that was tried"),
 )
 

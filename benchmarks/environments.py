@@ -32,7 +32,12 @@ class Environment:
 
 ENVIRONMENTS = {
     "onnx": Environment(
-        packages=("torch", "sentence-transformers>=5,<6", "transformers>=4.57,<4.58", "optimum-onnx[onnxruntime]==0.1.0"),
+        packages=(
+            "torch",
+            "sentence-transformers>=5,<6",
+            "transformers>=4.57,<4.58",
+            "optimum-onnx[onnxruntime]==0.1.0",
+        ),
         why="optimum-onnx 0.1.0 needs transformers < 4.58, which sentence-transformers 6 no longer takes",
     ),
     "openvino": Environment(
@@ -54,7 +59,15 @@ ENVIRONMENTS = {
     "flag": Environment(packages=("torch", "FlagEmbedding==1.4.2", "rerankers==0.10.0"), why="kept apart from ours"),
     "fastembed": Environment(packages=("fastembed==0.9.1",), why="needs no torch at all, which its memory should show"),
     "infinity": Environment(
-        packages=("numpy<2", "datasets<4", "pyarrow<20", "torch", "transformers<4.49", "optimum[onnxruntime]<2", "infinity-emb[torch,optimum]==0.0.77"),
+        packages=(
+            "numpy<2",
+            "datasets<4",
+            "pyarrow<20",
+            "torch",
+            "transformers<4.49",
+            "optimum[onnxruntime]<2",
+            "infinity-emb[torch,optimum]==0.0.77",
+        ),
         why="needs numpy < 2, sentence-transformers 3 and optimum 1 (with BetterTransformer)",
     ),
 }
@@ -94,7 +107,9 @@ def make(name: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Make the environments that are missing, or the named ones anew; one that fails does not stop the others."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[[], *ENVIRONMENTS], help="made anew; default: those that are missing")
+    parser.add_argument(
+        "names", nargs="*", choices=[[], *ENVIRONMENTS], help="made anew; default: those that are missing"
+    )
     chosen = parser.parse_args(arguments).names or [name for name in ENVIRONMENTS if python_of(name) is None]
     failed = []
     for name in chosen:

@@ -46,9 +46,9 @@ def _embedder(folder: Path, config: Any, positions: int, pooling: str = "cls") -
     AutoModel.from_config(config).eval().save_pretrained(base)
     AutoTokenizer.from_pretrained(str(_minilm()), model_max_length=positions).save_pretrained(base)
     transformer = Transformer(str(base), max_seq_length=positions)
-    SentenceTransformer(
-        modules=[transformer, Pooling(config.hidden_size, pooling_mode=pooling)], device="cpu"
-    ).save(str(folder))
+    SentenceTransformer(modules=[transformer, Pooling(config.hidden_size, pooling_mode=pooling)], device="cpu").save(
+        str(folder)
+    )
     shutil.rmtree(base)
 
 
@@ -94,7 +94,11 @@ def _cross_encoder(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source, model_max_length=512).save_pretrained(folder)
 
 
-_MADE: dict[str, Callable[[Path], None]] = {"xlmr-2x256": _xlmr, "gte-2x256": _gte, "minilm-cross-encoder": _cross_encoder}
+_MADE: dict[str, Callable[[Path], None]] = {
+    "xlmr-2x256": _xlmr,
+    "gte-2x256": _gte,
+    "minilm-cross-encoder": _cross_encoder,
+}
 MODELS = ("minilm", *_MADE)
 
 
@@ -134,7 +138,9 @@ def exported(name: str, backend: str, python: str) -> Path:
         )
         if done.returncode or not partial.exists():
             print(done.stderr, file=sys.stderr)
-            raise RuntimeError(f"export to {backend} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:200]}")
+            raise RuntimeError(
+                f"export to {backend} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:200]}"
+            )
         partial.rename(folder)
     return folder
 

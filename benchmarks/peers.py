@@ -70,8 +70,15 @@ class _Reporting(Peer):
         if self._last is None:
             return None
         report = self._last.to_dict()
-        wanted = ("path", "dtype", "micro_batches", "largest_micro_batch_tokens", "padding_ratio", "lanes", "tokens")
-        wanted += ("predicted_peak_bytes", "measured_peak_bytes", "process_peak_bytes", "weights_bytes")
+        wanted: tuple[str, ...] = (
+            "path",
+            "dtype",
+            "micro_batches",
+            "largest_micro_batch_tokens",
+            "padding_ratio",
+            "lanes",
+        )
+        wanted += ("tokens", "predicted_peak_bytes", "measured_peak_bytes", "process_peak_bytes", "weights_bytes")
         wanted += ("tokenize_s", "compute_s", "total_s", "retries", "out_of_memory", "notes")
         return {name: report[name] for name in wanted}
 

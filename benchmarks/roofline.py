@@ -30,7 +30,9 @@ class Roofline(Peer):
         torch.set_grad_enabled(False)
         hidden, inner = options["hidden"], options["inner"]
         self.rows = options.get("rows", 1024)
-        self.shapes = [(hidden, hidden)] * 4 + [(inner, hidden)] * (2 if options.get("gated") else 1) + [(hidden, inner)]
+        self.shapes = (
+            [(hidden, hidden)] * 4 + [(inner, hidden)] * (2 if options.get("gated") else 1) + [(hidden, inner)]
+        )
         self.cores = self.threads()["cores"]
 
     def measure(self, dtype: str, seconds: float = 1.0) -> dict[str, Any]:

@@ -241,9 +241,7 @@ def agreement(rows: Any, reference: Any) -> dict[str, float]:
     return found
 
 
-def peaks(
-    task: Task, chosen: list[tuple[Contender, dict[str, Any], str]], *, folder: Path
-) -> list[dict[str, Any]]:
+def peaks(task: Task, chosen: list[tuple[Contender, dict[str, Any], str]], *, folder: Path) -> list[dict[str, Any]]:
     """Peak resident memory of the task, each in a fresh process that runs it twice: beyond before and after loading."""
     whole = write_inputs(folder / f"{task.model}-{task.name}-memory.json".replace(" ", "-"), task.inputs)
     found = []
@@ -275,13 +273,18 @@ def _minus(a: int | None, b: int | None) -> int | None:
 
 
 def scale(
-    task: Task, chosen: list[tuple[Contender, dict[str, Any], str]], sizes: tuple[int, ...], *, folder: Path, limit_s: float
+    task: Task,
+    chosen: list[tuple[Contender, dict[str, Any], str]],
+    sizes: tuple[int, ...],
+    *,
+    folder: Path,
+    limit_s: float,
 ) -> list[dict[str, Any]]:
     """Tokens/s and peak memory as the number of texts grows; a size that would take longer than `limit_s` is left out.
 
     The texts of `task` are its largest size; smaller sizes are its beginnings. Each contender grows in one process.
     """
-    lengths, found = task.lengths(), []
+    lengths, found = task.lengths(), list[dict[str, Any]]()
     for contender, setting, name in chosen:
         try:
             worker, loaded = start(contender, task.model, folder=folder, max_length=task.max_length)
@@ -293,7 +296,9 @@ def scale(
             for size in sizes:
                 tokens = sum(lengths[:size])
                 if rate is not None and tokens / rate > limit_s:
-                    found.append({"label": contender.label, "inputs": size, "not_run": f"would take over {limit_s:.0f} s"})
+                    found.append(
+                        {"label": contender.label, "inputs": size, "not_run": f"would take over {limit_s:.0f} s"}
+                    )
                     continue
                 texts = write_inputs(folder / "scale.json", task.inputs[:size])
                 repeat = 3 if rate is not None and 3 * tokens / rate < limit_s / 4 else 1
