@@ -25,7 +25,7 @@ SCHEMA = 1
 """Version of the JSON form; other versions are not read."""
 
 PROBES = 5
-"""Measured shapes, at least a factor of two apart in tokens, after which a model's cost counts as known."""
+"""Measured shapes, well apart in tokens, after which a model's cost counts as known."""
 
 UNCALIBRATED_MARGIN = 0.5
 """The first bound is 1.5 times the prior: its formula was within 1 % of BERT and GTE, but kernels and heads differ."""
@@ -37,6 +37,8 @@ RESIDENT_FACTOR = 1.25
 """Resident over live bytes until it was observed; rounding to whole segments is covered by the policy's reserve."""
 RESIDENT_MARGIN = 0.02
 
+_APART = 1.6
+"""Sizes count as well apart from this factor on: a doubled micro-batch is seldom filled to the last token."""
 _MAX_OBSERVATIONS = 64
 _DOUBT = 0.05
 """When residuals stay above this, the prior is wrong for the model; its deviations are then widened a hundredfold."""
@@ -203,8 +205,10 @@ class CostModel:
         return int(budget_bytes / per_token) + 1 if per_token > 0 else 1 << 62
 
     def needs_probe(self, tokens: int) -> bool:
-        """Whether so many tokens are worth measuring: fewer than five sizes were, and none within a factor of two."""
-        return len(self._rungs) < PROBES and all(2 * tokens <= rung or tokens >= 2 * rung for rung in self._rungs)
+        """Whether so many tokens are worth measuring: fewer than five sizes were, and none near it."""
+        return len(self._rungs) < PROBES and all(
+            _APART * tokens <= rung or tokens >= _APART * rung for rung in self._rungs
+        )
 
     # -------------------------------------------------------------- learning
 

@@ -109,11 +109,13 @@ class Failure:
     alone: one input only.
     tokens: of the inputs themselves.
     rungs_used: fallbacks already used for this input.
+    rungs_refused: those of them that were predicted not to fit, and so were not started.
     rungs_impossible: fallbacks that this model or device cannot do.
     waited_s: seconds waited for this input so far.
     has_neighbours: whether other processes, or micro-batches in flight, hold memory that may come free.
     device_kind: ``"cuda"``, ``"cpu"``, ...
     half: the model already runs in half precision.
+    started: False if it was only predicted not to fit.
     """
 
     shape: BatchShape
@@ -121,11 +123,13 @@ class Failure:
     alone: bool
     tokens: int
     rungs_used: tuple[str, ...] = ()
+    rungs_refused: tuple[str, ...] = ()
     rungs_impossible: tuple[str, ...] = ()
     waited_s: float = 0.0
     has_neighbours: bool = False
     device_kind: str = "cpu"
     half: bool = False
+    started: bool = True
 
 
 class RecoveryPolicy:
@@ -164,10 +168,12 @@ class RecoveryPolicy:
         return [rung for rung in FALLBACKS if rung not in pointless]
 
     def _reason(self, failure: Failure, possible: list[str]) -> str:
-        tried = ["released the cache and retried"]
+        tried = ["released the cache and retried" if failure.started else "released the cache"]
         if failure.waited_s:
             tried.append(f"waited {failure.waited_s:.1f} s")
-        tried += [f"fell back to {rung!r}" for rung in failure.rungs_used]
+        refused = failure.rungs_refused
+        tried += [f"fell back to {rung!r}" for rung in failure.rungs_used if rung not in refused]
+        tried += [f"saw that {rung!r} would not fit either" for rung in refused]
         untried = [rung for rung in possible if rung not in self._fallback]
         remedy = "lower max_length"
         if untried:

@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 from memsafe.errors import ClosedError
@@ -46,6 +47,8 @@ class Dispatcher:
         self._executors: list[Executor] = []
         self._condition = threading.Condition()
         self._in_flight: dict[Ticket, Executor] = {}
+        self._paused: set[Ticket] = set()  # in flight, but waiting for memory: they hold none
+        self._alone: set[Ticket] = set()  # nothing new starts beside them
         self._lanes: set[threading.Thread] = set()
         self._waiting = 0
         self._closing = False
@@ -93,7 +96,7 @@ class Dispatcher:
 
     def _start_lane(self) -> None:
         """Start a lane if one more could be of use. Call with the condition held."""
-        wanted = max((executor.lanes[0] for executor in self._executors), default=0) + 1
+        wanted = max((executor.lanes[0] for executor in self._executors), default=0) + 1 + len(self._paused)
         if len(self._lanes) < wanted:
             lane = threading.Thread(
                 target=self._lane, name=f"memsafe-{self.device.name}-{len(self._lanes)}", daemon=True
@@ -109,7 +112,7 @@ class Dispatcher:
                 try:
                     if ticket.threads is not None:
                         set_threads(ticket.threads)
-                    executor.run(ticket)
+                    executor.run(ticket, _Site(self, ticket))
                 except BaseException as error:  # a fault of ours: no caller may wait for ever
                     log.exception("a micro-batch ended in an unexpected error")
                     dead = ClosedError(f"the worker of {self.device.name} failed: {type(error).__name__}: {error}")
@@ -145,9 +148,10 @@ class Dispatcher:
 
     def _grant(self) -> tuple[Executor, Ticket] | None:
         """The next micro-batch that may start now. Call with the condition held."""
-        if any(ticket.probe for ticket in self._in_flight):
-            return None  # it runs alone, to be measured
-        busy = len(self._in_flight)
+        running = [ticket for ticket in self._in_flight if ticket not in self._paused]
+        if self._alone or any(ticket.probe for ticket in running):
+            return None  # it runs alone, to be measured, or because it failed beside others
+        busy = len(running)
         for executor in self._order():
             lanes, threads = executor.lanes
             keys = executor.backlog.keys()
@@ -158,13 +162,13 @@ class Dispatcher:
                 continue
             if busy and self.device.kind == "cpu" and (lanes, threads) != self._running and not urgent:
                 continue  # another division of the cores is still at work
-            in_flight = sum(ticket.bound_bytes for ticket in self._in_flight)
+            in_flight = sum(ticket.bound_bytes for ticket in running)
             ticket = executor.admit(in_flight, busy, lanes)
             if ticket is None:
                 continue
             if threads is not None:
                 alone = not busy and not executor.backlog.pending
-                ticket = _with_threads(ticket, self.device.num_cores if alone or ticket.probe else threads)
+                ticket = replace(ticket, threads=self.device.num_cores if alone or ticket.probe else threads)
             if not busy:
                 self._running = (lanes, threads)
             self._in_flight[ticket] = executor
@@ -193,6 +197,8 @@ class Dispatcher:
         now = time.perf_counter()
         with self._condition:
             executor = self._in_flight.pop(ticket)
+            self._paused.discard(ticket)
+            self._alone.discard(ticket)
             busy_on = executor.backlog.pending > 0
             if self._last_done is not None and busy_on and not ticket.probe and ticket.fits:
                 executor.record_lanes(executor.model.flops(ticket.batch.shape), now - self._last_done)
@@ -200,10 +206,43 @@ class Dispatcher:
             self._condition.notify_all()
 
 
-def _with_threads(ticket: Ticket, threads: int) -> Ticket:
-    from dataclasses import replace
+class _Site:
+    """The dispatcher as one of its micro-batches sees it: see :class:`memsafe.runtime.rescue.Site`."""
 
-    return replace(ticket, threads=threads)
+    def __init__(self, dispatcher: Dispatcher, ticket: Ticket) -> None:
+        self._dispatcher = dispatcher
+        self._ticket = ticket
+
+    def others(self) -> tuple[int, int]:
+        with self._dispatcher._condition:
+            running = self._running()
+            return len(running), sum(ticket.bound_bytes for ticket in running)
+
+    def pause(self, paused: bool) -> None:
+        owner, ticket = self._dispatcher, self._ticket
+        with owner._condition:
+            if paused:
+                owner._paused.add(ticket)
+                owner._alone.discard(ticket)
+                if not owner._waiting:
+                    owner._start_lane()
+            else:
+                owner._paused.discard(ticket)
+            owner._condition.notify_all()
+
+    def clear(self, timeout_s: float) -> bool:
+        owner, ticket = self._dispatcher, self._ticket
+        with owner._condition:
+            owner._alone.add(ticket)
+            owner._paused.add(ticket)  # of two that wait for each other, the first to look goes first
+            try:
+                return owner._condition.wait_for(lambda: not self._running(), timeout_s)
+            finally:
+                owner._paused.discard(ticket)
+
+    def _running(self) -> list[Ticket]:
+        owner = self._dispatcher
+        return [t for t in owner._in_flight if t is not self._ticket and t not in owner._paused]
 
 
 def _thread_setter(device: Device) -> Any:

@@ -13,37 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from memsafe.config import MemoryPolicy, MiB, format_bytes
-from memsafe.errors import InputTooLargeError
-from memsafe.events import (
-    BudgetChanged,
-    CacheReleased,
-    Event,
-    FallbackUsed,
-    MicroBatchDone,
-    NonFiniteRedone,
-    OutOfMemory,
-    Waited,
-)
+from memsafe.config import MemoryPolicy, MiB
+from memsafe.events import BudgetChanged, CacheReleased, MicroBatchDone, NonFiniteRedone
 from memsafe.planning.batch import MicroBatch, TokenizedInput
-from memsafe.planning.budget import MemoryBudget, MemorySnapshot
+from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostModel
 from memsafe.planning.planner import BatchPlanner
 from memsafe.planning.ramp import LaneChoice, Ramp
-from memsafe.planning.recovery import (
-    Failure,
-    FallBack,
-    GiveUp,
-    RecoveryPolicy,
-    ReleaseCache,
-    Retry,
-    ShrinkBudget,
-    Split,
-    Wait,
-)
 from memsafe.runtime.device import Device, is_out_of_memory
 from memsafe.runtime.jobs import Backlog, Job, QueueKey
 from memsafe.runtime.output import HostCopy, Rows, to_host
+from memsafe.runtime.rescue import NOBODY, Rescue, Site, Work, tell
 
 __all__ = ["Executor", "Ticket"]
 
@@ -51,15 +31,22 @@ log = logging.getLogger("memsafe")
 
 FAIRNESS = 4
 """Urgent micro-batches in a row before bulk work gets one turn: bulk keeps a fifth of the device at worst."""
+REDO_TOKENS = 4096
+"""Tokens, padding included, that are computed again on the CPU at a time: rows that came out as NaN."""
+LEAST_PROBE_TOKENS = 128
+"""On a CPU, smaller micro-batches say little about larger ones, and single queries should not be slowed by measuring."""
 WORTH_RELEASING = 64 * MiB
 """Growth of the process during a run that is given back at its end; less is not worth the page faults of the next run."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ticket:
-    """Leave to run one micro-batch. `probe`: alone on the device, so that its peak and its speed can be measured.
+    """Leave to run one micro-batch.
 
-    bound_bytes: what it was admitted for. `fits`: False if one input exceeds what is admissible even alone.
+    bound_bytes: what it was admitted for. probe: alone on the device, so that its peak (and on an accelerator its speed)
+    can be measured. fits: False if one input exceeds what is admissible even alone. size: the ramp's size that its
+    speed stands for, None if for none. threads: cores it uses, None on an accelerator. released_bytes: cache that was
+    given back to make room for it.
     """
 
     batch: MicroBatch
@@ -67,7 +54,9 @@ class Ticket:
     budget_bytes: int
     probe: bool
     fits: bool = True
+    size: int | None = None
     threads: int | None = None
+    released_bytes: int = 0
 
 
 class Executor:
@@ -93,37 +82,31 @@ class Executor:
         self.cost = cost
         self.budget = budget
         self.backlog = backlog
-        self.ramp = Ramp(policy.knee, ceiling=policy.max_tokens)
-        self.lane_choice = LaneChoice(device.num_cores if device.kind == "cpu" else 1)
+        self.ramp = Ramp(policy.knee, ceiling=policy.max_tokens, target_tokens=cost.target_tokens)
+        self.lane_choice = LaneChoice(device.num_cores if device.kind == "cpu" else 1, chosen=cost.lanes)
         self._streak = 0
         self.broken: BaseException | None = None
-        self._recovery = RecoveryPolicy(policy)
         self._remember = remember
         self._lock = threading.Lock()
+        self._rescue = Rescue(model, device, policy, cost, budget, self._lock)
+        self._trimmed_bytes = 0  # the process's size when cached memory was last given back
         self._launch = threading.Lock() if device.kind != "cpu" else None
         self._planners: dict[int | None, BatchPlanner] = {}
 
     # what the search has found, or what an earlier process found
 
     @property
-    def target_tokens(self) -> int:
-        """How many tokens the next micro-batch should hold."""
-        tokens = self.cost.target_tokens or self.ramp.max_tokens
-        return tokens if self.policy.max_tokens is None else min(tokens, self.policy.max_tokens)
-
-    @property
     def lanes(self) -> tuple[int, int | None]:
         """(micro-batches side by side, threads each). On an accelerator two: one computes, one is prepared or fetched."""
         if self.device.kind != "cpu":
             return 2, None
-        cores = self.device.num_cores
-        if self.cost.lanes is not None and cores % self.cost.lanes == 0:
-            return self.cost.lanes, cores // self.cost.lanes
-        return self.lane_choice.current() if self.cost.target_tokens is not None else (1, cores)
+        if not self.ramp.done:  # one core each: their own processor time tells their speed, whatever else is running
+            return self.device.num_cores, 1
+        return self.lane_choice.current()
 
     def record_lanes(self, units: float, seconds: float) -> None:
         """Tell what all lanes together did; see :class:`LaneChoice`. Called under the dispatcher's lock."""
-        if self.device.kind != "cpu" or self.cost.lanes is not None or self.cost.target_tokens is None:
+        if self.lane_choice.done or not self.ramp.done:
             return
         self.lane_choice.record(units, seconds)
         if self.lane_choice.done:
@@ -151,28 +134,57 @@ class Executor:
                 return None
             key = self._next_key(keys)
             items, tokens = self.backlog.view(key)
-            probe = self._wants_probe(tokens)
-            if probe and busy:
-                return None
             snapshot = self.device.snapshot()
             budget_bytes = self.budget.admissible_bytes(snapshot, in_flight_bytes)
+            ramping = not self.ramp.done and key.max_rows is None
             start, max_tokens = 0, self._max_tokens(tokens, lanes)
-            if probe:
+            if ramping:
                 start = self._representative(items, max_tokens)
             planner = self.planner(key.max_rows)
             with self._lock:
                 batch = planner.take(items, start, cost=self.cost, budget_bytes=budget_bytes, max_tokens=max_tokens)
                 bound = self.cost.resident_bound(batch.shape)
-            if bound > budget_bytes and self.policy.release != "never" and self._release("pressure", batch):
+            released = 0
+            if bound > budget_bytes or (
+                self._is_cut(batch, start, items, key.max_rows, max_tokens) and self._has_cache()
+            ):
+                released = self._trim()
+            if released:
                 budget_bytes = self.budget.admissible_bytes(self.device.snapshot(), in_flight_bytes)
                 with self._lock:
                     batch = planner.take(items, start, cost=self.cost, budget_bytes=budget_bytes, max_tokens=max_tokens)
                     bound = self.cost.resident_bound(batch.shape)
             fits = bound <= budget_bytes
-            if not fits and busy:
-                return None  # those in flight will give memory back
+            probe = fits and self._wants_probe(batch.shape.tokens, tokens)
+            if busy and (probe or not fits):
+                return None  # a probe runs alone; or those in flight will give memory back
+            size = self.ramp.max_tokens if ramping and max_tokens >= self.ramp.max_tokens else None
+            if size is not None and batch.shape.tokens < size // 2 and start + len(batch) < len(items):
+                with self._lock:
+                    self.ramp.bound()  # the budget cut it: nothing larger can be had
             self.backlog.take(key, start, len(batch))
-        return Ticket(batch, bound, budget_bytes, probe, fits)
+        return Ticket(batch, bound, budget_bytes, probe, fits, size, released_bytes=released)
+
+    def _is_cut(
+        self, batch: MicroBatch, start: int, items: Sequence[TokenizedInput], max_rows: int | None, max_tokens: int
+    ) -> bool:
+        """Whether the budget ended `batch`, where neither the backlog nor a cap on rows or tokens did."""
+        stop, rows = start + len(batch), len(batch)
+        if stop >= len(items) or rows == max_rows:
+            return False
+        more = batch.num_tokens + items[stop].num_tokens if self.model.packed else (rows + 1) * batch.shape.longest
+        return more <= max_tokens
+
+    def _has_cache(self) -> bool:
+        """Whether memory that was freed, but is kept by the process, is counted as used: so it is on a CPU."""
+        if self.device.kind != "cpu" or self.policy.release == "never":
+            return False
+        return self.device.process_bytes() > self._trimmed_bytes + WORTH_RELEASING
+
+    def _trim(self) -> int:
+        released = self.device.release()
+        self._trimmed_bytes = self.device.process_bytes()
+        return released
 
     def _next_key(self, keys: list[QueueKey]) -> QueueKey:
         """The most urgent queue; after a row of urgent ones, one turn for the others, so that bulk never starves."""
@@ -184,12 +196,14 @@ class Executor:
         self._streak = self._streak + 1 if others else 0
         return urgent[0]
 
-    def _wants_probe(self, pending_tokens: int) -> bool:
-        """Whether the next micro-batch is worth measuring alone: while the ramp climbs and there is enough to climb on."""
-        return self.cost.target_tokens is None and pending_tokens >= self.target_tokens
+    def _wants_probe(self, tokens: int, pending_tokens: int) -> bool:
+        """Whether a micro-batch of `tokens` is worth running alone to measure it."""
+        if self.device.kind != "cpu":  # its peak is counted anyway; its speed only shows alone
+            return not self.ramp.done and pending_tokens >= self.ramp.max_tokens
+        return tokens >= LEAST_PROBE_TOKENS and self.cost.needs_probe(tokens)
 
     def _max_tokens(self, pending_tokens: int, lanes: int) -> int:
-        most = self.target_tokens
+        most = self.ramp.max_tokens
         if lanes > 1:  # the end of a run is shared out evenly, so that no lane stands idle
             most = min(most, max(-(-pending_tokens // lanes), 128))
         return most
@@ -204,9 +218,12 @@ class Executor:
 
     # running
 
-    def run(self, ticket: Ticket) -> None:
+    def run(self, ticket: Ticket, site: Site = NOBODY) -> None:
         """Carry out one admitted micro-batch and everything that recovery makes of it; rows go to their jobs."""
-        todo: list[_Work] = [_Work(ticket.batch, 0 if ticket.fits else 1, ticket.bound_bytes, not ticket.fits)]
+        if ticket.released_bytes:  # told only now, since hooks are called outside locks
+            event = CacheReleased(self.device.name, ticket.released_bytes, "pressure")
+            tell(ticket.batch, event, released_bytes=ticket.released_bytes)
+        todo = [Work(ticket.batch, ticket.bound_bytes, refused=not ticket.fits)]
         while todo:
             work = todo.pop()
             live = tuple(item for item in work.batch.items if not item.job.done)
@@ -215,14 +232,14 @@ class Executor:
                     continue
                 work = replace(work, batch=MicroBatch(live, work.batch.packed, work.batch.multiple))
             if work.refused:  # predicted not to fit: never started, straight to the policy
-                todo.extend(self._recover(work, ticket))
+                todo.extend(self._rescue.recover(work, site))
                 continue
             error = self._attempt(work, ticket)
             if error is None:
                 continue
             if is_out_of_memory(error):
                 del error
-                todo.extend(self._recover(replace(work, failures=work.failures + 1), ticket))
+                todo.extend(self._rescue.recover(replace(work, failures=work.failures + 1), site))
             elif is_device_failure(error) and self.backlog.has_others(self):
                 self.broken = error
                 log.error("%s failed (%s); the other devices finish its work", self.device.name, type(error).__name__)
@@ -231,12 +248,12 @@ class Executor:
             else:
                 todo.extend(self._isolate(work, error))
 
-    def _attempt(self, work: _Work, ticket: Ticket) -> BaseException | None:
+    def _attempt(self, work: Work, ticket: Ticket) -> BaseException | None:
         """Run once; deliver rows and return None, or return the error without its traceback."""
         batch, probe = work.batch, ticket.probe and not work.failures
         with self._lock:
             live = probe and self.cost.needs_probe(batch.shape.tokens)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.thread_time()
         failure: BaseException | None = None
         live_bytes = resident_bytes = None
         rows: Any = None
@@ -256,13 +273,18 @@ class Executor:
             return failure
         seconds = time.perf_counter() - started
         if work.rung is None:
-            timed = probe and not (
-                live and self._launch is None
-            )  # the tracker of live bytes on a CPU takes time itself
-            self._learn(batch, ticket, seconds if timed else None, live_bytes, resident_bytes)
-        else:
-            self._drop_copies()
-        rows = self._guard(batch, rows)
+            speed = None
+            if self._launch is not None:
+                speed = seconds if probe else None
+            elif ticket.threads == 1 and not live:  # the tracker of live bytes takes time itself
+                speed = time.thread_time() - cpu_started
+            self._learn(batch, ticket, speed, live_bytes, resident_bytes)
+        try:
+            rows = self._guard(batch, rows)
+        except Exception as error:
+            failure = _bare(error) if is_out_of_memory(error) else error
+        if failure is not None:
+            return failure
         self._deliver(batch, rows, seconds, live_bytes, ticket)
         return None
 
@@ -277,33 +299,36 @@ class Executor:
         with self._lock:
             if live_bytes is not None or resident_bytes is not None:
                 self.cost.observe(batch.shape, live_bytes, resident_bytes)
-            if seconds is not None and self.cost.target_tokens is None:
-                if batch.shape.tokens < 0.7 * self.ramp.max_tokens:  # the budget, or long inputs, set this size
-                    self.ramp.limit(max(batch.shape.tokens, 1))
+            climbed = seconds is not None and not self.ramp.done and ticket.size == self.ramp.max_tokens
+            if climbed and seconds is not None:
                 self.ramp.record(batch.shape.tokens, seconds, self.model.flops(batch.shape))
-                if self.ramp.done:
+                if self.ramp.done and self.ramp.at_knee:
                     self.cost.target_tokens = self.ramp.target_tokens
             grew = self.budget.succeed(ticket.bound_bytes)
             cap = self.budget.cap_bytes
-        if ticket.probe:
+        if ticket.probe or (climbed and self.ramp.done):
             self._remember(self.cost)
         if grew and cap is not None:
-            self._tell(batch, BudgetChanged(self.device.name, cap, "grow"), grows=1)
+            tell(batch, BudgetChanged(self.device.name, cap, "grow"), grows=1)
 
     def _guard(self, batch: MicroBatch, rows: Rows) -> Rows:
         """Redo rows that half precision turned into NaN or infinity; float32 rows are the model's own affair."""
         if self.model.dtype_name == "float32" or np.isfinite(rows).all():
             return rows
         bad = np.flatnonzero(~np.isfinite(rows).reshape(len(rows), -1).all(axis=1))
-        again = MicroBatch(tuple(batch.items[i] for i in bad), packed=False, multiple=1)
         warnings.warn(
             f"{len(bad)} rows came out of {self.model.dtype_name} as NaN or infinity; computed again in float32 on the CPU",
             stacklevel=2,
         )
-        self._tell(batch, NonFiniteRedone(self.device.name, len(bad)), non_finite_rows=len(bad))
+        tell(batch, NonFiniteRedone(self.device.name, len(bad)), non_finite_rows=len(bad))
         rows = rows.copy()
-        rows[bad] = to_host(self.model.redo_in_float32(again, batch.items[0].job.extras))
-        self._drop_copies()
+        start = 0
+        while start < len(bad):  # longest first; a few at a time, since the host's memory is not endless either
+            width = batch.items[bad[start]].num_tokens
+            some = bad[start : start + max(REDO_TOKENS // max(width, 1), 1)]
+            again = MicroBatch(tuple(batch.items[i] for i in some), packed=False)
+            rows[some] = to_host(self.model.redo_in_float32(again, batch.items[0].job.extras))
+            start += len(some)
         return rows
 
     def _deliver(self, batch: MicroBatch, rows: Rows, seconds: float, live_bytes: int | None, ticket: Ticket) -> None:
@@ -345,108 +370,9 @@ class Executor:
                 job.emit(event)
             job.deliver(items, rows if whole else rows[places])
 
-    # recovering
+    # what is not about one micro-batch
 
-    def _recover(self, work: _Work, ticket: Ticket) -> list[_Work]:
-        """Perform the policy's actions for one failure; returns what is to run next, last first."""
-        batch = work.batch
-        alone = len(batch) == 1
-        snapshot = self.device.snapshot()
-        impossible = tuple(rung for rung in ("chunk", "half", "cpu") if not self.model.can(rung))
-        failure = Failure(
-            shape=batch.shape,
-            attempt=max(work.failures, 1) + (1 if work.refused else 0),
-            alone=alone,
-            tokens=batch.num_tokens,
-            rungs_used=(*impossible, *work.rungs),
-            waited_s=work.waited_s,
-            has_neighbours=self._has_neighbours(snapshot, work.need_bytes),
-            device_kind=self.device.kind,
-            half=self.model.dtype_name != "float32",
-        )
-        next_work: list[_Work] = []
-        actions = self._recovery.decide(failure)
-        with self._lock:
-            predicted = self.cost.predict(batch.shape)
-        if not work.refused:
-            event = OutOfMemory(self.device.name, len(batch), batch.num_tokens, predicted, actions[-1].name)
-            self._tell(batch, event, out_of_memory=1)
-        for action in actions:
-            if isinstance(action, ReleaseCache):
-                self._release("failure", batch)
-            elif isinstance(action, ShrinkBudget):
-                with self._lock:
-                    cap = self.budget.shrink(work.need_bytes, snapshot)
-                self._tell(batch, BudgetChanged(self.device.name, cap, "shrink"), shrinks=1)
-            elif isinstance(action, Wait):
-                self._wait(action.seconds, batch)
-                work = replace(work, waited_s=work.waited_s + action.seconds)
-            elif isinstance(action, Retry):
-                if work.refused:
-                    work = replace(work, refused=not self._fits_now(batch, ticket))
-                self._tell(batch, None, retries=1)
-                next_work.append(work)
-            elif isinstance(action, Split):
-                self._tell(batch, None, splits=1)
-                for half in reversed(batch.split()):
-                    need = work.need_bytes * half.shape.tokens // max(batch.shape.tokens, 1)
-                    next_work.append(_Work(half, 0, need, False))
-            elif isinstance(action, FallBack):
-                self._warn_fallback(action.rung, batch)
-                next_work.append(replace(work, rung=action.rung, rungs=(*work.rungs, action.rung), refused=False))
-            elif isinstance(action, GiveUp):
-                self._give_up(action.reason, work)
-        return next_work
-
-    def _fits_now(self, batch: MicroBatch, ticket: Ticket) -> bool:
-        with self._lock:
-            return self.cost.resident_bound(batch.shape) <= self.budget.admissible_bytes(self.device.snapshot())
-
-    def _has_neighbours(self, snapshot: MemorySnapshot, need_bytes: int) -> bool:
-        """Whether waiting can help: an idle device would have room, but others hold it now."""
-        limit = self.budget.limit_bytes
-        most = snapshot.total_bytes - snapshot.reserved_bytes - self.budget.reserve_bytes
-        if limit is not None:
-            most = min(most, limit - max(snapshot.allocated_bytes - self.budget.baseline_bytes, 0))
-        return need_bytes <= most and snapshot.free_bytes < most
-
-    def _wait(self, seconds: float, batch: MicroBatch) -> None:
-        started = time.perf_counter()
-        while (left := seconds - (time.perf_counter() - started)) > 0:
-            if all(item.job.done for item in batch.items):
-                return
-            time.sleep(min(left, 0.05))
-        self._tell(batch, Waited(self.device.name, seconds), waited_s=seconds)
-
-    def _warn_fallback(self, rung: str, batch: MicroBatch) -> None:
-        item = batch.items[0]
-        index = item.job.position(item.index)
-        what = {
-            "chunk": "feed-forward layers run over slices of its tokens (same numbers)",
-            "half": "it is computed in half precision (numbers differ slightly)",
-            "cpu": "it is computed on the CPU (slow)",
-        }[rung]
-        log.warning("input %d of %d tokens does not fit on %s; %s", item.index, item.num_tokens, self.device.name, what)
-        item.job.report.fall_back(rung)
-        if item.job.emit is not None:
-            item.job.emit(FallbackUsed(self.device.name, rung, index, item.num_tokens))
-
-    def _give_up(self, reason: str, work: _Work) -> None:
-        snapshot = self.device.snapshot()
-        free = self.budget.admissible_bytes(snapshot)
-        for item in work.batch.items:
-            index = item.job.position(item.index)
-            error = InputTooLargeError(
-                f"input {index} needs {format_bytes(work.need_bytes)} alone ({item.num_tokens:,} tokens), "
-                f"{format_bytes(free)} are free for it on {self.device.name}; {reason}",
-                index=index,
-                num_tokens=item.num_tokens,
-                need_bytes=work.need_bytes,
-                free_bytes=free,
-            )
-            item.job.give_up(item, error)
-
-    def _isolate(self, work: _Work, error: BaseException) -> list[_Work]:
+    def _isolate(self, work: Work, error: BaseException) -> list[Work]:
         """An error that is not about memory: it reaches the one job that has it, and no other."""
         by_job: dict[Job, list[TokenizedInput]] = {}
         for item in work.batch.items:
@@ -455,50 +381,22 @@ class Executor:
             next(iter(by_job)).fail(error)
             return []
         return [
-            _Work(MicroBatch(tuple(items), work.batch.packed, work.batch.multiple), 0, work.need_bytes, False)
+            Work(MicroBatch(tuple(items), work.batch.packed, work.batch.multiple), work.bound_bytes)
             for items in by_job.values()
         ]
 
-    def _release(self, reason: str, batch: MicroBatch | None) -> int:
-        released = self.device.release()
-        if released and batch is not None:
-            self._tell(batch, CacheReleased(self.device.name, released, reason), released_bytes=released)
-        return released
-
-    def _drop_copies(self) -> None:
-        self.model.drop_host_copy()
-
     def release_after_run(self, job: Job, process_bytes_before: int) -> None:
         """At the end of a run: give cached memory back as the policy says."""
+        self.model.drop_host_copy()
         if self.policy.release == "never":
             return
         if self.policy.release == "pressure" and self.device.process_bytes() < process_bytes_before + WORTH_RELEASING:
             return
-        released = self.device.release()
+        released = self._trim()
         if released:
             job.report.add(released_bytes=released)
             if job.emit is not None:
                 job.emit(CacheReleased(self.device.name, released, "run"))
-
-    def _tell(self, batch: MicroBatch, event: Event | None, **counts: float) -> None:
-        for job in {item.job for item in batch.items}:
-            if counts:
-                job.report.add(**counts)
-            if event is not None and job.emit is not None:
-                job.emit(event)
-
-
-@dataclass(frozen=True, eq=False)
-class _Work:
-    """Inputs on their way through recovery. refused: predicted not to fit, so not started."""
-
-    batch: MicroBatch
-    failures: int
-    need_bytes: int
-    refused: bool
-    rung: str | None = None
-    rungs: tuple[str, ...] = ()
-    waited_s: float = 0.0
 
 
 def is_device_failure(error: BaseException) -> bool:
@@ -510,8 +408,8 @@ def is_device_failure(error: BaseException) -> bool:
 
 def _bare(error: Exception) -> Exception:
     """`error` without tracebacks, which would keep every tensor of the failed forward alive."""
-    seen: BaseException | None = error
-    while seen is not None:
-        seen.__traceback__ = None
-        seen = seen.__cause__ or seen.__context__
+    seen: list[BaseException] = [error]
+    for each in seen:  # grows while it is read; a chain may be a ring
+        each.__traceback__ = None
+        seen.extend(e for e in (each.__cause__, each.__context__) if e is not None and all(e is not s for s in seen))
     return error

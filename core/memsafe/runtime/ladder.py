@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ SLICE_TOKENS = 1024
 
 _local = threading.local()
 _patch_lock = threading.Lock()
-_patched: dict[int, int] = {}
+_patched: dict[int, tuple[int, Any]] = {}  # by id of a block's owner: how many use the patch, what it hides
 # Names that transformers' encoders give to a feed-forward block that maps (..., tokens, hidden) to the same shape.
 _BLOCK_NAMES = ("mlp", "ffn", "feed_forward")
 
@@ -36,9 +37,11 @@ def sliced_feed_forward(model: nn.Module, slice_tokens: int = SLICE_TOKENS) -> I
     """
     with _patch_lock:
         for owner, name in _blocks(model):
-            _patched[id(owner)] = _patched.get(id(owner), 0) + 1
-            if _patched[id(owner)] == 1:
+            count, hidden = _patched.get(id(owner), (0, None))
+            if count == 0:
+                hidden = vars(owner).get(name)  # set on the instance, by accelerate for example; else the class's own
                 setattr(owner, name, _sliced(getattr(owner, name)))
+            _patched[id(owner)] = count + 1, hidden
     _local.slice_tokens = slice_tokens
     try:
         yield
@@ -46,10 +49,13 @@ def sliced_feed_forward(model: nn.Module, slice_tokens: int = SLICE_TOKENS) -> I
         _local.slice_tokens = None
         with _patch_lock:
             for owner, name in _blocks(model):
-                _patched[id(owner)] -= 1
-                if not _patched[id(owner)]:
-                    del _patched[id(owner)]
-                    owner.__dict__.pop(name, None)  # the class's own method shows again
+                count, hidden = _patched.pop(id(owner))
+                if count > 1:
+                    _patched[id(owner)] = count - 1, hidden
+                elif hidden is None:
+                    del vars(owner)[name]  # the class's own method shows again
+                else:
+                    vars(owner)[name] = hidden
 
 
 @contextmanager
@@ -84,6 +90,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _sliced(inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(inner)  # transformers counts the parameters of what it calls
     def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         step: int | None = getattr(_local, "slice_tokens", None)
         if step is None or args or kwargs or hidden.shape[-2] <= step:

@@ -188,9 +188,9 @@ class LoadedModel:
         if rung == "cpu":
             return self._forward_on_host(batch, extras)
         with ExitStack() as stack:
-            if rung == "chunk":
+            if rung is not None and self.can("chunk"):  # of equal numbers, so the other rungs may as well
                 stack.enter_context(ladder.sliced_feed_forward(self.st))
-            elif rung == "half":
+            if rung == "half":
                 stack.enter_context(ladder.lower_precision(self.device.kind, self.half))
             if self._packed_model is not None and batch.packed:
                 ids, types = self._packed_tensors(batch)
