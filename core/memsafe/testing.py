@@ -284,7 +284,7 @@ class SimulatedModel:
     def can(self, rung: str) -> bool:
         return rung in self._rungs
 
-    def rung_share(self, rung: str) -> float:
+    def rung_share(self, rung: str, shape: BatchShape) -> float:
         return self._rungs[rung]
 
     def forward(self, batch: MicroBatch, extras: Mapping[str, Any], rung: str | None = None) -> Rows:

@@ -168,7 +168,7 @@ class Rescue:
         with self._lock:
             bound = self._cost.resident_bound(work.batch.shape)
             if work.rung is not None:
-                bound = int(bound * self._model.rung_share(work.rung))
+                bound = int(bound * self._model.rung_share(work.rung, work.batch.shape))
             room = self._budget.headroom_bytes(self._device.snapshot(), site.others()[1])
         return replace(work, bound_bytes=bound, refused=bound > max(room, 0))
 
