@@ -25,7 +25,7 @@ from llama_index_memsafe._events import (
 )
 from llama_index_memsafe._instructions import DEFAULT_MODEL, QUERY_INSTRUCTIONS, TEXT_INSTRUCTIONS
 from llama_index_memsafe._state import CoreHolder, Reloadable, is_overridden
-from memsafe import ConfigError, Embedder, EventHook, InputError, MemoryPolicy
+from memsafe import Embedder, EventHook, InputError, MemoryPolicy
 
 __all__ = ["MemsafeEmbedding"]
 
@@ -47,7 +47,7 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
     The positional arguments are upstream's, in upstream's order. What is ours is keyword-only:
 
     Args:
-        memory: What memsafe may take and do; ``MemoryPolicy()`` if None. Not part of ``to_dict`` or of cache keys.
+        memory: What memsafe may take and do; a ``MemoryPolicy``, a dict of its fields, or None. Not part of ``to_dict`` or of cache keys.
         dtype: None keeps the checkpoint's; ``"auto"``, ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         hooks: Called with the core's events.
         parity: True embeds exactly as upstream, even where it ignores prompts that are saved in the model.
@@ -74,7 +74,7 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
     truncate_dim: int | None = Field(default=None, description="Dimensions to keep of each embedding.")
     dtype: str | None = Field(default=None, description="Data type of the weights; None keeps the checkpoint's.")
     parity: bool = Field(default=False, description="Embed exactly as HuggingFaceEmbedding.")
-    memory: Any = Field(default=None, description="A memsafe.MemoryPolicy.", exclude=True)
+    memory: Any = Field(default=None, description="A memsafe.MemoryPolicy, or a dict of its fields.", exclude=True)
     hooks: Any = Field(default=(), description="Called with the core's events.", exclude=True)
 
     _core: CoreHolder[Embedder] = PrivateAttr()
@@ -101,7 +101,7 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
         target_devices: list[str] | None = None,
         show_progress_bar: bool = False,
         *,
-        memory: MemoryPolicy | None = None,
+        memory: MemoryPolicy | dict[str, Any] | None = None,
         dtype: str | None = None,
         hooks: Sequence[EventHook] = (),
         parity: bool = False,
@@ -119,8 +119,6 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
                 raise ValueError(f"{variable} is deprecated. Please remove it from the arguments.")
         if model_name is None:
             raise ValueError("The `model_name` argument must be provided.")
-        if memory is not None and not isinstance(memory, MemoryPolicy):
-            raise ConfigError(f"memory: got {type(memory).__name__}; give a memsafe.MemoryPolicy, or None")
         fields: dict[str, Any] = {} if not max_length else {"max_length": max_length}
         super().__init__(
             model_name=model_name,
@@ -156,9 +154,8 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
             "revision": revision,
             "truncate_dim": truncate_dim,
             "hooks": self.hooks,
+            "memory": memory,
         }
-        if memory is not None:
-            settings["memory"] = memory
         self._core = CoreHolder(Embedder, settings)
         self.max_length = self._core.get().max_length
 

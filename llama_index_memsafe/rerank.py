@@ -34,7 +34,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
     The positional arguments are upstream's, in upstream's order. What is ours is keyword-only:
 
     Args:
-        memory: What memsafe may take and do; ``MemoryPolicy()`` if None. Not part of ``to_dict``.
+        memory: What memsafe may take and do; a ``MemoryPolicy``, a dict of its fields, or None. Not part of ``to_dict``.
         dtype: None keeps the checkpoint's; ``"auto"``, ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         hooks: Called with the core's events.
         parity: True edits the caller's nodes as upstream does; False returns copies and leaves the input alone.
@@ -59,7 +59,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
     raw_scores: bool = Field(default=False, description="Return logits.")
     truncation: str = Field(default="longest_first", description="Which side of a long pair is cut.")
     query_max_length: int | None = Field(default=None, description="Tokens to which a query is cut.", gt=0)
-    memory: Any = Field(default=None, description="A memsafe.MemoryPolicy.", exclude=True)
+    memory: Any = Field(default=None, description="A memsafe.MemoryPolicy, or a dict of its fields.", exclude=True)
     hooks: Any = Field(default=(), description="Called with the core's events.", exclude=True)
 
     _core: CoreHolder[Reranker] = PrivateAttr()
@@ -74,7 +74,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         keep_retrieval_score: bool | None = False,
         cross_encoder_kwargs: dict[str, Any] | None = None,
         *,
-        memory: MemoryPolicy | None = None,
+        memory: MemoryPolicy | dict[str, Any] | None = None,
         dtype: str | None = None,
         hooks: Sequence[EventHook] = (),
         parity: bool = False,
@@ -84,8 +84,6 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         callback_manager: CallbackManager | None = None,
         devices: Sequence[str] | None = None,
     ) -> None:
-        if memory is not None and not isinstance(memory, MemoryPolicy):
-            raise ConfigError(f"memory: got {type(memory).__name__}; give a memsafe.MemoryPolicy, or None")
         super().__init__(
             model=model,
             top_n=top_n,
@@ -116,13 +114,12 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
             truncation=truncation,
             query_max_length=query_max_length,
             hooks=self.hooks,
+            memory=memory,
         )
         if cache_folder:
             options["cache_folder"] = cache_folder
         if raw_scores:
             options["activation_fn"] = _no_activation
-        if memory is not None:
-            options["memory"] = memory
         self._core = CoreHolder(Reranker, options)
         self._core.get()
 
@@ -137,7 +134,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         cache_folder: str | Path | None = None,
         keep_retrieval_score: bool = False,
         cross_encoder_kwargs: dict[str, Any] | None = None,
-        memory: MemoryPolicy | None = None,
+        memory: MemoryPolicy | dict[str, Any] | None = None,
         hooks: Sequence[EventHook] = (),
         parity: bool = False,
         callback_manager: CallbackManager | None = None,

@@ -215,6 +215,18 @@ def test_instructions_by_model_name(plain: str, monkeypatch: pytest.MonkeyPatch,
     assert prompt("query", prompts={"query": ""}) == ""
 
 
+def test_which_route_is_taken(tiny: str, core_calls: CoreCalls) -> None:
+    """Queries and texts tell the core what they are, for models with routes; parity tells nothing, as upstream."""
+    for parity in (False, True):
+        model = MemsafeEmbedding(tiny, device="cpu", parity=parity)
+        model.get_query_embedding("a")
+        model.get_text_embedding("a")
+        model._embed(["a"])
+    kinds = [(options["kind"], options.get("prompt_name")) for options in core_calls.options]
+    assert kinds[:3] == [("query", None), ("document", None), (None, None)]
+    assert kinds[3:] == [(None, "query"), (None, "text"), (None, None)]
+
+
 # --- Async ------------------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +335,56 @@ def test_a_bad_text_is_named_by_its_place_at_once(ours: MemsafeEmbedding, bad: A
     with pytest.raises(InputError):
         asyncio.run(ours.aget_text_embedding_batch(texts))
     assert time.perf_counter() - start < 2
+
+
+def test_nothing_is_tried_again(ours: MemsafeEmbedding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Difference: an error comes at once (upstream tries three times and sleeps 8 s in between)."""
+    tries: list[int] = []
+
+    def fail(*args: Any, **options: Any) -> Any:
+        tries.append(1)
+        raise OSError("no such device")
+
+    monkeypatch.setattr(Embedder, "run", fail)
+    monkeypatch.setattr(Embedder, "arun", fail)
+    with pytest.raises(OSError, match="no such device"):
+        ours.get_query_embedding("a question")
+    with pytest.raises(OSError, match="no such device"):
+        asyncio.run(ours.aget_text_embedding_batch(TEXTS))
+    assert len(tries) == 2
+
+
+def test_a_bad_text_in_a_later_group_ends_the_first(ours: MemsafeEmbedding) -> None:
+    """Difference: nothing is embedded when one input is bad, so the first group ends with the exception."""
+    texts: Any = [*TEXTS[:15], None]
+    with recorded(ours) as log, pytest.raises(InputError):
+        ours.get_text_embedding_batch(texts)
+    assert log.names.count("EmbeddingStartEvent") == log.names.count("end embedding") == 1
+    assert "EmbeddingEndEvent" not in log.names
+
+
+def test_a_model_without_a_limit(tmp_path: Any) -> None:
+    """Difference: a model that takes any length has max_length None (upstream: a validation error)."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import StaticEmbedding
+    from tokenizers import Tokenizer
+
+    from tests.models import minilm_folder
+
+    tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
+    folder = str(tmp_path / "static")
+    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu").save(folder)
+    model = MemsafeEmbedding(folder, device="cpu")
+    assert model.max_length is None
+    assert np.allclose(model.get_text_embedding("a river"), model._model.encode("a river", normalize_embeddings=True))
+
+
+def test_a_model_changed_afterwards_is_not_followed(plain: str) -> None:
+    """Difference: the length of inputs is fixed when the model is loaded; a later change of `_model` changes nothing."""
+    model = MemsafeEmbedding(plain, device="cpu")
+    before = model.get_text_embedding(TEXTS[6])
+    model._model.max_seq_length = 4
+    assert model.get_text_embedding(TEXTS[6]) == pytest.approx(before, abs=1e-6)
 
 
 @pytest.mark.parametrize("bad", ["one text", b"bytes"], ids=repr)

@@ -67,7 +67,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_scores_and_order_are_upstreams(name: str, make_rerank_pair: Any, passages: list[str]) -> None:
     """Same nodes, same order, same scores (python floats) on a real cross-encoder, sync and async."""
     theirs, ours = make_rerank_pair(**OPTIONS[name])
-    texts = [*passages[:10], "", TEXTS[0]]
+    texts = [*passages[5:10], "", TEXTS[0]]
     expected = theirs.postprocess_nodes(make_nodes(texts, source="a page"), query_str="How do rivers flow?")
     for got in (
         ours.postprocess_nodes(make_nodes(texts, source="a page"), query_str="How do rivers flow?"),
@@ -352,3 +352,14 @@ def test_from_flag_options(tiny_cross: str) -> None:
     assert (model.top_n, model.dtype, model.raw_scores) == (4, None, True)
     assert (model.truncation, model.query_max_length) == ("only_second", 384)
     assert model.reranker.max_length == 512
+
+
+def test_from_flag_in_words(tiny_cross: str) -> None:
+    """The constructor's raw_scores, truncation and query_max_length give what from_flag gives, as the page says."""
+    words = {"raw_scores": True, "truncation": "only_second", "query_max_length": 384}
+    model: Any = MemsafeRerank(tiny_cross, device="cpu", top_n=5, **words)  # type: ignore[arg-type]
+    flag = MemsafeRerank.from_flag(5, tiny_cross, device="cpu")
+    texts = ["a short passage", "a river crosses the plain " * 300]
+    for query in QUERIES.values():
+        a, b = (m.postprocess_nodes(make_nodes(texts), query_str=query) for m in (model, flag))
+        assert [(n.node.node_id, n.score) for n in a] == [(n.node.node_id, n.score) for n in b]
