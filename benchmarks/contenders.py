@@ -84,6 +84,16 @@ RERANK = (
     ),
     Contender("FlagReranker (FlagEmbedding)", "flag-reranker", "flag", {}, "batch 128", (4, 8, 32)),
     Contender("rerankers", "rerankers", "flag", {}, "batch 16", (4, 8)),
+    Contender(
+        "fastembed cross-encoder",
+        "fastembed-reranker",
+        "fastembed",
+        {},
+        "batch 64",
+        (1, 4, 8),
+        "onnx",
+        takes_max_length=True,
+    ),
 )
 
 NOT_COMPARED = (
@@ -95,7 +105,6 @@ NOT_COMPARED = (
         "LangChain's CrossEncoderReranker",
         "calls CrossEncoder.predict once with its default batch size, which is in the table",
     ),
-    ("fastembed's TextCrossEncoder", "takes a custom model from a hub only in the tokeniser set-up that was tried"),
 )
 
 

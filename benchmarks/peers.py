@@ -333,6 +333,24 @@ class RerankersPeer(Peer):
         return [1 / (1 + math.exp(-scores[row])) for row in range(len(inputs))]
 
 
+class FastEmbedRerankerPeer(Peer):
+    modules = ("fastembed",)
+    distributions = FastEmbedPeer.distributions
+
+    def load(self, model: str, options: dict[str, Any]) -> None:
+        from fastembed.common.model_description import ModelSource
+        from fastembed.rerank.cross_encoder import TextCrossEncoder
+
+        name = "benchmark/local-reranker"
+        TextCrossEncoder.add_custom_model(model=name, sources=ModelSource(hf=name), model_file="onnx/model.onnx")
+        self.model = TextCrossEncoder(name, specific_model_path=model)
+        self.model.model.tokenizer.enable_truncation(max_length=options["max_length"])
+
+    def run(self, inputs: list[Any], setting: dict[str, Any]) -> Any:
+        scores = self.model.rerank_pairs([tuple(pair) for pair in inputs], **setting)
+        return [1 / (1 + math.exp(-score)) for score in scores]  # it gives logits
+
+
 EMBEDDERS: dict[str, type[Peer]] = {
     "memsafe": MemsafeEmbedder,
     "memsafe-llama-index": MemsafeLlamaIndex,
@@ -350,6 +368,7 @@ RERANKERS: dict[str, type[Peer]] = {
     "llama-index-rerank": LlamaIndexRerankPeer,
     "flag-reranker": FlagRerankerPeer,
     "rerankers": RerankersPeer,
+    "fastembed-reranker": FastEmbedRerankerPeer,
 }
 
 

@@ -34,7 +34,7 @@ def prediction(
     """Per case: median and 95th percentile of the relative error of live peaks, and what of the bounds was exceeded."""
     inputs = write_inputs(folder / "prediction.json", texts.heavy_tail(400, seed=3))
     few = write_inputs(folder / "limits.json", texts.heavy_tail(120, seed=4, longest=1200))
-    rows, raw, limits = [], {}, []
+    rows, raw, limits = list[dict[str, Any]](), {}, list[dict[str, Any]]()
     for number, (model, layout) in enumerate(cases):
         case = folder / f"prediction-{number}"
         case.mkdir(exist_ok=True)

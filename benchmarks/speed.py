@@ -244,7 +244,7 @@ def agreement(rows: Any, reference: Any) -> dict[str, float]:
 def peaks(task: Task, chosen: list[tuple[Contender, dict[str, Any], str]], *, folder: Path) -> list[dict[str, Any]]:
     """Peak resident memory of the task, each in a fresh process that runs it twice: beyond before and after loading."""
     whole = write_inputs(folder / f"{task.model}-{task.name}-memory.json".replace(" ", "-"), task.inputs)
-    found = []
+    found = list[dict[str, Any]]()
     for contender, setting, name in chosen:
         try:
             worker, loaded = start(contender, task.model, folder=folder, max_length=task.max_length)

@@ -45,7 +45,9 @@ def _check(row: dict[str, Any]) -> str:
 def _faster(row: dict[str, Any]) -> str:
     """How many times faster ours is; marked where ours lost."""
     ratio = row.get("ratio")
-    if ratio is None or (row["ours"] and ratio["low"] == ratio["high"] == 1):
+    if ratio is None:
+        return "-"
+    if row["ours"] and ratio["low"] == ratio["high"] == 1:
         return "1"
     lost = " (ours is slower)" if ratio["median"] < 1 else ""
     return spread(ratio) + lost
@@ -105,8 +107,8 @@ def _giga(value: dict[str, float]) -> dict[str, float]:
     return {key: number if key == "count" else number / 1e9 for key, number in value.items()}
 
 
-def speed(section: Section) -> list[str]:
-    lines = ["## Speed", ""]
+def _speed(section: Section, title: str) -> list[str]:
+    lines = [f"## {title}", ""]
     for found in section["tasks"]:
         lines += [*_task(found), ""]
     if section.get("not_compared"):
@@ -253,9 +255,9 @@ def dtype(section: Section) -> list[str]:
 
 
 SECTIONS: dict[str, Callable[[Section], list[str]]] = {
-    "speed": speed,
-    "rerank": speed,
-    "mixes": speed,
+    "speed": lambda section: _speed(section, "Embedding"),
+    "rerank": lambda section: _speed(section, "Reranking"),
+    "mixes": lambda section: _speed(section, "Other mixes of lengths"),
     "memory": memory,
     "scale": scale,
     "concurrency": concurrency,
