@@ -120,6 +120,7 @@ class LaneChoice:
 
     Candidates are (lanes, threads per lane) with ``lanes * threads == num_cores``: 1 x N, 2 x N/2, 4 x N/4, ...,
     N x 1. Each is tried for `window_s` seconds of wall clock; the search stops early once two in a row are worse.
+    Then the best two are measured once more, and the better of each one's two rates counts: noise only slows.
     Of candidates within `knee` of the fastest the one with the fewest lanes wins: lanes multiply memory.
     max_lanes: never more lanes than this, for example for memory's sake.
     chosen: the lanes that an earlier search chose; used, and not searched again, if they are a candidate here.
@@ -145,6 +146,7 @@ class LaneChoice:
         self._knee = knee
         self._position = 0
         self._rates: list[float] = []
+        self._again: list[int] | None = None  # positions still to be measured a second time
         self._tokens = 0.0
         self._seconds = 0.0
         self._warm = False
@@ -178,10 +180,19 @@ class LaneChoice:
         self._seconds += seconds
         if self._seconds < self._window_s:
             return
-        self._rates.append(self._tokens / self._seconds)
-        self._position += 1
+        rate = self._tokens / self._seconds
         self._tokens, self._seconds, self._warm = 0.0, 0.0, False
-        best = max(range(len(self._rates)), key=self._rates.__getitem__)
-        if self._position == len(self.candidates) or self._position - best > 2:
-            enough = self._rates[best] / (1 + self._knee)
-            self._choice = next(c for c, rate in zip(self.candidates, self._rates, strict=False) if rate >= enough)
+        if self._again is None:
+            self._rates.append(rate)
+            ranked = sorted(range(len(self._rates)), key=self._rates.__getitem__, reverse=True)
+            if self._position + 1 < len(self.candidates) and self._position - ranked[0] < 2:
+                self._position += 1
+                return
+            self._again = ranked[:2]
+        else:
+            self._rates[self._position] = max(rate, self._rates[self._position])
+        if self._again:
+            self._position = self._again.pop(0)
+            return
+        enough = max(self._rates) / (1 + self._knee)
+        self._choice = next(c for c, rate in zip(self.candidates, self._rates, strict=False) if rate >= enough)
