@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,9 @@ from langchain_memsafe import MemsafeCrossEncoder, MemsafeEmbeddings, MemsafeRer
 from memsafe import Embedder, Reranker
 
 Calls = list[dict[str, Any]]
+
+CLASSIC = "langchain_classic" if importlib.util.find_spec("langchain_classic") else "langchain"
+"""Where retrievers and compressors live: `langchain` until 0.3, `langchain-classic` since."""
 
 
 @pytest.fixture(scope="session")

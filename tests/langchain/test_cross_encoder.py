@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import types
@@ -11,15 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from langchain_classic.retrievers.document_compressors import CrossEncoderReranker
-from langchain_core.cross_encoders import BaseCrossEncoder
 from langchain_core.documents import Document
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from langchain_memsafe import MemsafeCrossEncoder, MemsafeRerank
 from memsafe import InputError
 
-from .conftest import Calls, largest_difference
+from .conftest import CLASSIC, Calls, largest_difference
+
+_home = f"{CLASSIC}.retrievers.document_compressors"
+CrossEncoderReranker: Any = importlib.import_module(_home).CrossEncoderReranker
+BaseCrossEncoder: Any = importlib.import_module(f"{_home}.cross_encoder").BaseCrossEncoder
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore:.*langchain-community.*:DeprecationWarning")]
 QUERY = "How is a string split into words?"

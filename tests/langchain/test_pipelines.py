@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from langchain_classic.embeddings import CacheBackedEmbeddings
-from langchain_classic.retrievers import ContextualCompressionRetriever
-from langchain_classic.retrievers.document_compressors import (
-    CrossEncoderReranker,
-    DocumentCompressorPipeline,
-    EmbeddingsFilter,
-)
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import BaseDocumentCompressor, BaseDocumentTransformer, Document
 from langchain_core.indexing import InMemoryRecordManager, index
@@ -21,7 +15,14 @@ from langchain_core.vectorstores import InMemoryVectorStore
 
 from langchain_memsafe import MemsafeCrossEncoder, MemsafeEmbeddings, MemsafeRerank
 
-from .conftest import Calls, same_ranking
+from .conftest import CLASSIC, Calls, same_ranking
+
+compressors = importlib.import_module(f"{CLASSIC}.retrievers.document_compressors")
+CacheBackedEmbeddings: Any = importlib.import_module(f"{CLASSIC}.embeddings").CacheBackedEmbeddings
+ContextualCompressionRetriever: Any = importlib.import_module(f"{CLASSIC}.retrievers").ContextualCompressionRetriever
+CrossEncoderReranker: Any = compressors.CrossEncoderReranker
+DocumentCompressorPipeline: Any = compressors.DocumentCompressorPipeline
+EmbeddingsFilter: Any = compressors.EmbeddingsFilter
 
 QUERY = "How is a string split into words?"
 
@@ -132,9 +133,10 @@ def test_embeddings_filter(documents: list[Document], ours: MemsafeEmbeddings, r
     assert pipeline.compress_documents(documents, QUERY)[0].metadata["n"] == 12
 
 
+@pytest.mark.filterwarnings("ignore:.*SHA-1")
 async def test_cache_backed_embeddings(ours: MemsafeEmbeddings, core_calls: Calls) -> None:
     """CacheBackedEmbeddings asks the core once for all misses and not at all for hits, sync and async."""
-    cached = CacheBackedEmbeddings.from_bytes_store(ours, InMemoryByteStore(), namespace="m", key_encoder="sha256")
+    cached = CacheBackedEmbeddings.from_bytes_store(ours, InMemoryByteStore(), namespace="m")
     first = cached.embed_documents(["a", "b"])
     again = cached.embed_documents(["c", "a", "d", "b"])
     assert [call["inputs"] for call in core_calls] == [2, 2]
@@ -144,12 +146,13 @@ async def test_cache_backed_embeddings(ours: MemsafeEmbeddings, core_calls: Call
     assert core_calls[2]["method"] == "arun"
 
 
+@pytest.mark.filterwarnings("ignore:.*SHA-1")
 def test_indexing(ours: MemsafeEmbeddings, documents: list[Document]) -> None:
     """The indexing API adds what is new, skips what it has, and the store finds it."""
     store = InMemoryVectorStore(ours)
     records = InMemoryRecordManager(namespace="tests")
     records.create_schema()
-    options: dict[str, Any] = {"cleanup": "incremental", "source_id_key": "source", "key_encoder": "sha256"}
+    options: dict[str, Any] = {"cleanup": "incremental", "source_id_key": "source"}
     first = index(documents, records, store, **options)
     assert (first["num_added"], first["num_skipped"]) == (len(documents), 0)
     changed = [*documents[:-1], documents[-1].model_copy(update={"page_content": "Split a string into words."})]
