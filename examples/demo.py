@@ -41,6 +41,7 @@ def main(embedding_model: str | None = None, reranker_model: str | None = None) 
     lengths = sorted(len(passage.text) for passage in passages)
     print(f"{len(passages)} passages from this Python's standard library, {lengths[0]} to {lengths[-1]:,} characters,")
     print(f"median {lengths[len(lengths) // 2]}; embedded with {embedding_model or 'all-MiniLM-L6-v2'}.")
+    print(f"A star marks the passage that is known to answer; the first {TOP_K} by vector are reranked.")
     if reranker_model is None:
         print(textwrap.fill(RERANKER_NOTE, 100))
     embedding_model, reranker_model = embedding_model or minilm(), reranker_model or demo_reranker()
