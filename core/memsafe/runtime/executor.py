@@ -145,9 +145,9 @@ class Executor:
                 batch = planner.take(items, start, cost=self.cost, budget_bytes=budget_bytes, max_tokens=max_tokens)
                 bound = self.cost.resident_bound(batch.shape)
             released = 0
-            if bound > budget_bytes or (
-                self._is_cut(batch, start, items, key.max_rows, max_tokens) and self._has_cache()
-            ):
+            refused = bound > budget_bytes
+            cut = refused or self._is_cut(batch, start, items, key.max_rows, max_tokens)
+            if (refused and not busy) or (cut and self._has_cache()):
                 released = self._trim()
             if released:
                 budget_bytes = self.budget.admissible_bytes(self.device.snapshot(), in_flight_bytes)
@@ -223,9 +223,12 @@ class Executor:
         if ticket.released_bytes:  # told only now, since hooks are called outside locks
             event = CacheReleased(self.device.name, ticket.released_bytes, "pressure")
             tell(ticket.batch, event, released_bytes=ticket.released_bytes)
-        todo = [Work(ticket.batch, ticket.bound_bytes, refused=not ticket.fits)]
+        first = Work(ticket.batch, ticket.bound_bytes, ticket.budget_bytes, refused=not ticket.fits)
+        todo = [first]
         while todo:
             work = todo.pop()
+            if work is not first:  # what ran since may have taught something, and others may have come
+                work = self._rescue.checked(work, site)
             live = tuple(item for item in work.batch.items if not item.job.done)
             if len(live) < len(work.batch.items):
                 if not live:
@@ -285,7 +288,7 @@ class Executor:
             failure = _bare(error) if is_out_of_memory(error) else error
         if failure is not None:
             return failure
-        self._deliver(batch, rows, seconds, live_bytes, ticket)
+        self._deliver(work, rows, seconds, live_bytes)
         return None
 
     def _learn(
@@ -331,9 +334,12 @@ class Executor:
             start += len(some)
         return rows
 
-    def _deliver(self, batch: MicroBatch, rows: Rows, seconds: float, live_bytes: int | None, ticket: Ticket) -> None:
+    def _deliver(self, work: Work, rows: Rows, seconds: float, live_bytes: int | None) -> None:
+        batch, budget_bytes = work.batch, work.budget_bytes
         with self._lock:
             predicted = self.cost.predict(batch.shape)
+        if work.rung is not None:
+            predicted = int(predicted * self.model.rung_share(work.rung, batch.shape))
         by_job: dict[Job, list[int]] = {}
         for place, item in enumerate(batch.items):
             by_job.setdefault(item.job, []).append(place)
@@ -345,7 +351,7 @@ class Executor:
             shape.tokens,
             predicted,
             live_bytes,
-            ticket.budget_bytes,
+            budget_bytes,
             seconds,
         )
         process = self.device.process_bytes()
@@ -363,9 +369,9 @@ class Executor:
                 predicted_peak_bytes=predicted,
                 measured_peak_bytes=live_bytes,
                 process_peak_bytes=process,
-                budget_max_bytes=ticket.budget_bytes,
+                budget_max_bytes=budget_bytes,
             )
-            report.least(budget_min_bytes=ticket.budget_bytes)
+            report.least(budget_min_bytes=budget_bytes)
             if job.emit is not None:
                 job.emit(event)
             job.deliver(items, rows if whole else rows[places])
@@ -381,7 +387,7 @@ class Executor:
             next(iter(by_job)).fail(error)
             return []
         return [
-            Work(MicroBatch(tuple(items), work.batch.packed, work.batch.multiple), work.bound_bytes)
+            Work(MicroBatch(tuple(items), work.batch.packed, work.batch.multiple), work.bound_bytes, work.budget_bytes)
             for items in by_job.values()
         ]
 

@@ -68,12 +68,13 @@ NOBODY: Site = _Nobody()
 class Work:
     """Inputs on their way through recovery.
 
-    failures: how often memory ran out on them. bound_bytes: what they are predicted to need at most. refused: that
-    much is not free, so they were not started. rungs: fallbacks tried or predicted not to fit; used: those really run.
+    bound_bytes: what they are predicted to need at most. budget_bytes: what was free for them then. failures: how often
+    memory ran out on them. refused: their bound is above the budget, so they were not started. rungs: fallbacks tried or predicted not to fit; used: those really run.
     """
 
     batch: MicroBatch
-    bound_bytes: int
+    bound_bytes: int = 0
+    budget_bytes: int = 0
     failures: int = 0
     refused: bool = False
     rung: str | None = None
@@ -114,7 +115,7 @@ class Rescue:
             work = replace(work, cleared=True)
             if site.clear(self._policy.wait_s):
                 self._announce(work, "retry")
-                return [self._checked(work, site)]
+                return [self.checked(work, site)]
         snapshot = self._device.snapshot()
         actions = self._decider.decide(self._failure(work, snapshot))
         self._announce(work, actions[-1].name)
@@ -131,14 +132,14 @@ class Rescue:
                 self._wait(action.seconds, batch, site)
                 work = replace(work, waited_s=work.waited_s + action.seconds)
             elif isinstance(action, Retry):
-                next_work.append(self._checked(work, site))
+                next_work.append(self.checked(work, site))
                 if not next_work[-1].refused:
                     tell(batch, None, retries=1)
             elif isinstance(action, Split):
                 tell(batch, None, splits=1)
-                next_work.extend(self._checked(Work(half, 0), site) for half in reversed(batch.split()))
+                next_work.extend(self.checked(Work(half), site) for half in reversed(batch.split()))
             elif isinstance(action, FallBack):
-                work = self._checked(replace(work, rung=action.rung, rungs=(*work.rungs, action.rung)), site)
+                work = self.checked(replace(work, rung=action.rung, rungs=(*work.rungs, action.rung)), site)
                 if not work.refused:
                     work = replace(work, used=(*work.used, action.rung))
                     self._tell_fallback(action.rung, batch.items[0])
@@ -163,14 +164,14 @@ class Rescue:
             started=work.failures > 0,
         )
 
-    def _checked(self, work: Work, site: Site) -> Work:
+    def checked(self, work: Work, site: Site) -> Work:
         """`work` with its bound, and refused if that is not free now, whatever earlier failures have capped."""
         with self._lock:
             bound = self._cost.resident_bound(work.batch.shape)
             if work.rung is not None:
                 bound = int(bound * self._model.rung_share(work.rung, work.batch.shape))
-            room = self._budget.headroom_bytes(self._device.snapshot(), site.others()[1])
-        return replace(work, bound_bytes=bound, refused=bound > max(room, 0))
+            room = max(self._budget.headroom_bytes(self._device.snapshot(), site.others()[1]), 0)
+        return replace(work, bound_bytes=bound, budget_bytes=room, refused=bound > room)
 
     def _has_neighbours(self, snapshot: MemorySnapshot, need_bytes: int) -> bool:
         """Whether waiting can help: an idle device would have room, but other processes hold it now."""
