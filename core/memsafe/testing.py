@@ -284,8 +284,8 @@ class SimulatedModel:
     def can(self, rung: str) -> bool:
         return rung in self._rungs
 
-    def rung_share(self, rung: str, shape: BatchShape) -> float:
-        return self._rungs[rung]
+    def rung_bound(self, rung: str, shape: BatchShape, bound_bytes: int) -> int:
+        return int(bound_bytes * self._rungs[rung])
 
     def forward(self, batch: MicroBatch, extras: Mapping[str, Any], rung: str | None = None) -> Rows:
         with self.device.forward(batch.shape, self.num_bytes(batch.shape, rung), rung):

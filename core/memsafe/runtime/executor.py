@@ -339,7 +339,7 @@ class Executor:
         with self._lock:
             predicted = self.cost.predict(batch.shape)
         if work.rung is not None:
-            predicted = int(predicted * self.model.rung_share(work.rung, batch.shape))
+            predicted = self.model.rung_bound(work.rung, batch.shape, predicted)
         by_job: dict[Job, list[int]] = {}
         for place, item in enumerate(batch.items):
             by_job.setdefault(item.job, []).append(place)

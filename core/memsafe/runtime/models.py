@@ -176,25 +176,26 @@ class LoadedModel:
             prior = replace(prior, per_square_bytes=3 * prior.per_square_bytes)
         return prior
 
-    def rung_share(self, rung: str, shape: BatchShape) -> float:
-        """What a rung takes on this device at most, as a fraction of what the plain forward of `shape` takes.
+    def rung_bound(self, rung: str, shape: BatchShape, bound_bytes: int) -> int:
+        """The most that a rung takes on this device for `shape`, whose plain forward takes `bound_bytes` at most.
 
-        Measured for one input of 4,000 tokens, over nine architectures: chunk 0.65 (0.71 where the feed-forward is
-        gated), half 0.33 to 0.55 (0.60 to 0.69); what grows with the square of the length stays.
+        Measured for one input of 4,000 tokens over nine architectures with feed-forward layers of four (gated: three)
+        hidden sizes: chunk 0.65 (0.71) of the plain forward, half 0.33 to 0.55 (0.60 to 0.69). What grows with the
+        square of the length stays.
         """
         if rung == "cpu":
-            return 0.0
-        h, i, gated, _, _ = _architecture(self.config, self.weights_bytes)
-        sliced = (3 if gated else 2) * i * min(1.0, ladder.SLICE_TOKENS / max(shape.tokens, 1))
-        full, attention, rest = (
-            (max(4 * h + 3 * i, 10 * h), 10 * h, 4 * h) if gated else (max(3 * h + 2 * i, 8 * h), 8 * h, 3 * h)
-        )
-        linear = max(attention, rest + sliced) / full if self.can("chunk") else 1.0
-        if rung == "half":
-            linear *= 0.95 if gated else 0.8
+            return 0
         prior = self.cost_prior()
-        tokens, squares = prior.per_token_bytes * shape.tokens, prior.per_square_bytes * shape.squares
-        return min((linear * tokens + squares) / max(tokens + squares, 1.0), 1.0)
+        h, i, gated, _, _ = _architecture(self.config, self.weights_bytes)
+        size = self.dtype.itemsize
+        # What cost.py counts for the plain forward, with the widest tensors cut to one slice.
+        slices = min(ladder.SLICE_TOKENS / max(shape.tokens, 1), 1.0) if self.can("chunk") else 1.0
+        units = max(10 * h, 4 * h + 3 * i * slices) if gated else max(8 * h, 3 * h + 2 * i * slices)
+        if rung == "half":
+            units *= 0.95 if gated else 0.8
+        per_token = units * size + 4 * 8
+        plain = prior.fixed_bytes + prior.per_sequence_bytes * shape.sequences + prior.per_square_bytes * shape.squares
+        return min(int(1.1 * (plain + per_token * shape.tokens)), bound_bytes)
 
     def flops(self, shape: BatchShape) -> float:
         """Floating-point operations of one forward: 2 per weight and token, and 4*H per pair of tokens and layer."""

@@ -169,7 +169,7 @@ class Rescue:
         with self._lock:
             bound = self._cost.resident_bound(work.batch.shape)
             if work.rung is not None:
-                bound = int(bound * self._model.rung_share(work.rung, work.batch.shape))
+                bound = self._model.rung_bound(work.rung, work.batch.shape, bound)
             room = max(self._budget.headroom_bytes(self._device.snapshot(), site.others()[1]), 0)
         return replace(work, bound_bytes=bound, budget_bytes=room, refused=bound > room)
 
