@@ -60,18 +60,6 @@ def predict_options(given: Mapping[str, Any], *, device: Any) -> dict[str, Any]:
     return _common(rest, "predict_kwargs", _PREDICT, device)
 
 
-def urgent(options: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Say that someone waits for these `options`: the core puts queries before bulk work.
-
-    A query would get the prompt that the model saved for queries; naming the prompt that a plain ``encode`` or
-    ``predict`` uses keeps upstream's numbers.
-    """
-    if "prompt" not in options and "prompt_name" not in options:
-        name = getattr(model, "default_prompt_name", None)
-        options = {**options, **({"prompt": ""} if name is None else {"prompt_name": name})}
-    return {**options, "kind": "query"}
-
-
 def load_options(given: Mapping[str, Any], taken: Iterable[str] = ()) -> dict[str, Any]:
     """Return `model_kwargs` for the core's constructor; refuse what has a field of its own, or `taken` already."""
     for name in (*_CORE_ONLY, *taken):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from pydantic import Field
 
 from langchain_memsafe._core import CoreModel
-from langchain_memsafe._options import chosen_device, load_options, predict_options, urgent
+from langchain_memsafe._options import chosen_device, load_options, predict_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +57,7 @@ class RerankerModel(CoreModel):
 
     def _options(self, reranker: Reranker) -> dict[str, Any]:
         """Options of ``Reranker.run``: someone waits for a ranking, so it goes before bulk work."""
-        options = urgent(predict_options(self.predict_kwargs, device=self._shared.device), reranker.model)
+        options = {**predict_options(self.predict_kwargs, device=self._shared.device), "urgent": True}
         return {**options, "show_progress": self.show_progress}
 
 

@@ -11,7 +11,7 @@ from langchain_core.embeddings import Embeddings
 from pydantic import Field
 
 from langchain_memsafe._core import CoreModel
-from langchain_memsafe._options import all_devices, chosen_device, encode_options, load_options, urgent
+from langchain_memsafe._options import all_devices, chosen_device, encode_options, load_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,7 +158,7 @@ class MemsafeEmbeddings(CoreModel, Embeddings):
     def _query_options(self, embedder: Embedder) -> dict[str, Any]:
         """Options of ``Embedder.run`` for a query: `query_encode_kwargs` as a whole, or `encode_kwargs`."""
         options = self._options(self.query_encode_kwargs if len(self.query_encode_kwargs) > 0 else self.encode_kwargs)
-        return {**options, "kind": "query"} if self.use_saved_prompts else urgent(options, embedder.model)
+        return {**options, "kind": "query" if self.use_saved_prompts else None, "urgent": True}
 
 
 def _one_line(texts: Any) -> Any:

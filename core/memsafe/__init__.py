@@ -1,9 +1,10 @@
-"""Embedding and reranking inside the memory that is really there. Importing this does not import torch."""
+"""Embedding and reranking inside the memory that is really there. Importing this imports neither torch nor numpy."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from memsafe.config import GiB, MemoryPolicy, MiB
-from memsafe.embedder import Embedder, EmbeddingRun
 from memsafe.errors import (
     BusyError,
     CancelledError,
@@ -19,7 +20,10 @@ from memsafe.errors import (
     StoreError,
 )
 from memsafe.events import Event, EventHook, RunReport
-from memsafe.reranker import RankedDocument, Reranker, RerankRun
+
+if TYPE_CHECKING:
+    from memsafe.embedder import Embedder, EmbeddingRun
+    from memsafe.reranker import RankedDocument, Reranker, RerankRun
 
 __version__ = "0.1.0"
 
@@ -49,3 +53,21 @@ __all__ = [
     "StoreError",
     "__version__",
 ]
+
+_LATER = {"Embedder": "embedder", "EmbeddingRun": "embedder"}
+_LATER |= {"RankedDocument": "reranker", "RerankRun": "reranker", "Reranker": "reranker"}
+
+
+def __getattr__(name: str) -> Any:
+    """What brings numpy and asyncio is imported when it is first asked for."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from memsafe import inputs
 from memsafe.config import MemoryPolicy
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "Options"]
 
+_Self = TypeVar("_Self", bound="Model")  # typing.Self came with Python 3.11
+
 
 @dataclass(frozen=True)
 class Options:
@@ -28,6 +31,7 @@ class Options:
     kind: str | None = None
     prompt: str | None = None
     prompt_name: str | None = None
+    urgent: bool | None = None
     max_rows: int | None = None
     show_progress: bool | None = None
     progress: Callable[[int], None] | None = None
@@ -40,6 +44,8 @@ class Options:
                 raise ConfigError(f"unknown option {name!r}; choose from {', '.join(names)}")
         if options.get("kind") not in (None, "query", "document"):
             raise ConfigError(f"kind: got {options['kind']!r}; choose 'query', 'document' or None")
+        if options.get("urgent") not in (None, True, False):
+            raise ConfigError(f"urgent: got {options['urgent']!r}; give True, False or None")
         for name in ("prompt", "prompt_name"):
             if options.get(name) is not None and not isinstance(options[name], str):
                 raise ConfigError(f"{name}: got a {type(options[name]).__name__}; give a str or None")
@@ -71,6 +77,8 @@ class Model:
 
         chosen = ModelSpec(self._kind, inputs.model_name(model), _rename(options), **spec)
         self._engine: Engine = self._make_engine(chosen, names, policy, hooks)
+        # The device's dispatcher knows the engine, so dropping this object would not free the model by itself.
+        weakref.finalize(self, self._engine.close).atexit = False
 
     def _make_engine(
         self, spec: Any, devices: Sequence[str | None], policy: MemoryPolicy, hooks: Sequence[EventHook]
@@ -109,7 +117,7 @@ class Model:
         """Free the model and give its memory back; calls that still wait fail. Closing twice is fine."""
         self._engine.close()
 
-    def __enter__(self) -> Any:
+    def __enter__(self: _Self) -> _Self:
         return self
 
     def __exit__(
@@ -161,7 +169,7 @@ class Model:
         return self._engine.start(
             len(distinct.values),
             prompt=prompt,
-            urgent=options.kind == "query",
+            urgent=options.kind == "query" if options.urgent is None else options.urgent,
             max_rows=options.max_rows,
             progress=progress,
             positions=distinct.positions,

@@ -88,7 +88,8 @@ class Embedder(Model):
         Options, all optional:
             kind: ``"query"`` or ``"document"`` uses the prompt that the model saved for it; None the default prompt only.
             prompt, prompt_name: put before every text, as in ``SentenceTransformer.encode``; ``""`` for none.
-            normalize, truncate_dim: override those given at construction.
+            normalize, truncate_dim: override those given at construction; None leaves them.
+            urgent: whether the call goes before bulk work that waits; None: queries do.
             precision: float32, int8, uint8, binary, ubinary, as sentence-transformers' ``quantize_embeddings``.
             max_rows: the most texts in one micro-batch.
             show_progress: a tqdm bar; progress: called with the number of texts just finished.
@@ -122,8 +123,6 @@ class Embedder(Model):
     @property
     def dimension(self) -> int:
         """Width of an embedding."""
-        if self._truncate_dim is not None:
-            return self._truncate_dim
         model = self.model
         name = (
             "get_embedding_dimension"
@@ -131,7 +130,8 @@ class Embedder(Model):
             else "get_sentence_embedding_dimension"
         )
         width = getattr(model, name)()
-        return int(width) if width is not None else int(self.embed_documents(["a"]).shape[1])
+        width = int(width) if width is not None else int(self.embed_documents(["a"]).shape[1])
+        return width if self._truncate_dim is None else min(width, self._truncate_dim)
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -139,8 +139,9 @@ class Embedder(Model):
         return dict(getattr(self.model, "prompts", None) or {})
 
     def _call(self, options: dict[str, Any]) -> _Call:
-        normalize = options.pop("normalize", self._normalize)
-        truncate_dim = _check_dim(options.pop("truncate_dim", self._truncate_dim))
+        given = options.pop("normalize", None), _check_dim(options.pop("truncate_dim", None))
+        normalize = self._normalize if given[0] is None else given[0]
+        truncate_dim = self._truncate_dim if given[1] is None else given[1]
         precision = options.pop("precision", "float32")
         if precision not in PRECISIONS:
             raise ConfigError(f"precision: got {precision!r}; choose from {', '.join(PRECISIONS)}")
@@ -162,7 +163,10 @@ class _Call:
 
     def finish(self, rows: Array | None, report: RunReport) -> EmbeddingRun:
         if rows is None:
-            rows = np.empty((0, self.truncate_dim or self.embedder.dimension), dtype=np.float32)
+            width = self.embedder.dimension
+            rows = np.empty(
+                (0, width if self.truncate_dim is None else min(width, self.truncate_dim)), dtype=np.float32
+            )
         if self.truncate_dim is not None:
             rows = rows[:, : self.truncate_dim]
         if self.normalize and len(rows):

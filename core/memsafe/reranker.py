@@ -98,8 +98,11 @@ class Reranker(Model):
         return int(model.num_labels if hasattr(model, "num_labels") else model.config.num_labels)
 
     def score(self, query: str, documents: Sequence[str], **options: Any) -> Array:
-        """Scores of `documents` for `query`: float32, shape (len(documents),) or (len(documents), labels)."""
-        return self.score_pairs(_pair(query, documents), **options)
+        """Scores of `documents` for `query`: float32, shape (len(documents),) or (len(documents), labels).
+
+        Someone waits for it: it goes before bulk work, unless ``urgent=False``.
+        """
+        return self.score_pairs(_pair(query, documents), **{"urgent": True, **options})
 
     def score_pairs(self, pairs: Sequence[tuple[str, str]], **options: Any) -> Array:
         """Scores of (query, document) `pairs`: float32, shape (len(pairs),) or (len(pairs), labels)."""
@@ -117,7 +120,7 @@ class Reranker(Model):
         """Score `pairs` and report what it took.
 
         Options, all optional: activation_fn (overrides the one of the model), apply_softmax (over several labels),
-        prompt, prompt_name, kind (``"query"`` goes before bulk work), max_rows, show_progress, progress; see :meth:`Embedder.run`.
+        prompt, prompt_name, urgent (goes before bulk work), max_rows, show_progress, progress; see :meth:`Embedder.run`.
         """
         call = self._call(options)
         rows, report = self._run(inputs.check_pairs(pairs), call.options)
@@ -125,7 +128,7 @@ class Reranker(Model):
 
     async def ascore(self, query: str, documents: Sequence[str], **options: Any) -> Array:
         """:meth:`score` for asyncio; cancelling the task cancels the work."""
-        return await self.ascore_pairs(_pair(query, documents), **options)
+        return await self.ascore_pairs(_pair(query, documents), **{"urgent": True, **options})
 
     async def ascore_pairs(self, pairs: Sequence[tuple[str, str]], **options: Any) -> Array:
         """:meth:`score_pairs` for asyncio."""
