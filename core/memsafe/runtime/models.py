@@ -74,20 +74,27 @@ def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int)
     target = str(chosen).removeprefix("torch.") if chosen not in (None, "auto") else _default_dtype(chosen)
     if checkpoint is not None:
         weights.check_fits(checkpoint, target, room_bytes, device.name)
+        if device.kind != "cpu":  # they pass through main memory, where nobody would say that it does not suffice
+            host = open_device("cpu")
+            weights.check_fits(checkpoint, target, host.snapshot().free_bytes, "cpu")
     if model_kwargs:
         options["model_kwargs"] = model_kwargs
     library = importlib.import_module("sentence_transformers")
     build = library.CrossEncoder if reranker else library.SentenceTransformer
+    st = None
     try:
         st = build(spec.model, device=device.name, **options).eval()
     except MemsafeError:
         raise
     except TypeError as error:
         raise ConfigError(f"options: {error}") from error
-    except (OSError, ValueError, KeyError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise ModelError(f"model: {spec.model!r} cannot be loaded: {error}") from error
+    except Exception as error:  # whatever a damaged file makes of itself: pickle, zip, JSON, shapes
+        if not is_out_of_memory(error):
+            raise ModelError(f"model: {spec.model!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    if st is None:  # outside the block above, whose traceback holds what was loaded so far
+        device.release()
+        need = checkpoint.bytes_as(target) if checkpoint is not None else 0
+        raise weights.too_large(spec.model, checkpoint, need, device.snapshot().free_bytes, device.name)
     if checkpoint is None:  # a hub id that was not on this machine before
         checkpoint = weights.inspect(spec.model, kind=spec.kind, backend=backend, **known)
     return LoadedModel(st, spec, device, policy, checkpoint.revision if checkpoint else "", spec.model)

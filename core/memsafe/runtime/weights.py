@@ -86,18 +86,22 @@ def inspect(
 def check_fits(checkpoint: Checkpoint, dtype: str | None, room_bytes: int, device: str) -> None:
     """Raise :class:`ModelTooLargeError` if the weights in `dtype` need more than `room_bytes` on `device`."""
     need = checkpoint.bytes_as(dtype)
-    if need <= room_bytes:
-        return
-    half = checkpoint.bytes_as("float16")
+    if need > room_bytes:
+        raise too_large(checkpoint.folder.name, checkpoint, need, room_bytes, device)
+
+
+def too_large(name: str, checkpoint: Checkpoint | None, need: int, room_bytes: int, device: str) -> ModelTooLargeError:
+    """The error for weights of `need` bytes (0: unknown) where `room_bytes` are free, with what would fit."""
+    half = need if checkpoint is None else checkpoint.bytes_as("float16")
     if half < need and half <= room_bytes:
         remedy = f"dtype='bfloat16' or 'float16' needs {format_bytes(half)} and would fit"
     else:
         remedy = (
             f"choose a model of at most {room_bytes // 2 // 10**6:,}M parameters in half precision, or another device"
         )
-    raise ModelTooLargeError(
-        f"the weights of {checkpoint.folder.name} need {format_bytes(need)}, but {format_bytes(max(room_bytes, 0))} are free "
-        f"for this on {device}; {remedy}",
+    needs = format_bytes(need) if need else "more than there is"
+    return ModelTooLargeError(
+        f"the weights of {name} need {needs}, but {format_bytes(max(room_bytes, 0))} are free for this on {device}; {remedy}",
         need_bytes=need,
         free_bytes=room_bytes,
     )
