@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import importlib
 import logging
 import os
 import threading
@@ -32,6 +34,8 @@ log = logging.getLogger("memsafe")
 
 _FIRST_CHUNK, _LARGEST_CHUNK = 64, 1024
 """Inputs tokenised at a time: few at first, so that computing starts at once, then more."""
+_CHUNK_CHARS = 1 << 18
+"""Characters tokenised at a time, unless one input has more: a tokenizer takes about 100 bytes per token meanwhile."""
 
 
 class Engine:
@@ -72,15 +76,20 @@ class Engine:
         self._attach()
 
     def _load(self, spec: ModelSpec, device: Device, position: int) -> None:
+        # Libraries are no part of the model: the limit counts from here.
+        importlib.import_module("sentence_transformers")
         before = device.snapshot()
-        budget = self._budget(device, before.reserved_bytes)
+        baseline = before.reserved_bytes
+        budget = self._budget(device, baseline)
         given = spec.model if not isinstance(spec.model, str) else None
         if given is not None:
             # a loaded model stays where it is; further devices get copies
             model = given if position == 0 else copy.deepcopy(given)
+            if position == 0 and str(model.device) == device.name:
+                baseline -= sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
             spec = ModelSpec(**{**vars(spec), "model": model.to(device.name)})
         self.models.append(load(spec, device, self.policy, budget.headroom_bytes(before)))
-        self._baselines.append(before.reserved_bytes)
+        self._baselines.append(max(baseline, 0))
 
     def _budget(self, device: Device, baseline_bytes: int) -> MemoryBudget:
         total = device.total_bytes
@@ -153,10 +162,11 @@ class Engine:
 
     def feed(self, job: Job, inputs: Sequence[Any], prompt: str | None) -> None:
         """Tokenise `inputs`, longest first by characters, while the devices compute what is tokenised already."""
-        order = sorted(range(len(inputs)), key=lambda i: _chars(inputs[i]), reverse=True)
+        chars = [_chars(value) for value in inputs]
+        order = sorted(range(len(inputs)), key=chars.__getitem__, reverse=True)
         truncated = 0
         encoder = self.model.encoder
-        for chunk in _chunks(order):
+        for chunk in _chunks(order, chars):
             if job.done:
                 break
             started = time.perf_counter()
@@ -255,22 +265,24 @@ class Engine:
             self._closed = True
         for job in self.backlog.jobs():
             job.fail(ClosedError("closed while the call was waiting"))
-        for executor in self.executors:
-            dispatcher_of(executor.device).detach(executor)
+        while self.executors:  # no variable may hold the last one, and with it the model
+            dispatcher_of(self.executors[-1].device).detach(self.executors.pop())
         devices = [model.device for model in self.models]
-        for model in self.models:
-            model.close()
-        self.models, self.executors = [], []
+        while self.models:
+            self.models.pop().close()
         self.spec = ModelSpec(self.spec.kind, None, {})
+        gc.collect()  # models hold themselves in cycles
         for device in devices:
             device.release()
 
 
-def _chunks(order: Sequence[int]) -> Iterator[Sequence[int]]:
+def _chunks(order: Sequence[int], chars: Sequence[int]) -> Iterator[Sequence[int]]:
+    """`order`, longest first, in pieces; chars: of each input."""
     size, start = _FIRST_CHUNK, 0
     while start < len(order):
-        yield order[start : start + size]
-        start += size
+        stop = start + min(size, max(_CHUNK_CHARS // max(chars[order[start]], 1), 1))
+        yield order[start:stop]
+        start = stop
         size = min(2 * size, _LARGEST_CHUNK)
 
 
