@@ -12,13 +12,15 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from memsafe.errors import ClosedError
 from memsafe.runtime.device import Device
-from memsafe.runtime.executor import Executor, Ticket
-from memsafe.runtime.jobs import QUERY
+from memsafe.runtime.executor import FAIRNESS, Executor, Ticket
+from memsafe.runtime.jobs import QUERY, Job
 
 __all__ = ["Dispatcher", "dispatcher_of"]
 
@@ -52,7 +54,7 @@ class Dispatcher:
         self._lanes: set[threading.Thread] = set()
         self._waiting = 0
         self._closing = False
-        self._turn = 0
+        self._passed: dict[tuple[Executor, int], int] = {}  # grants to others while work of this priority waited
         self._last_done: float | None = None
         self._running: tuple[int, int | None] | None = None
 
@@ -69,26 +71,40 @@ class Dispatcher:
                 self._executors.remove(executor)
                 executor.backlog.executors.remove(executor)
                 executor.backlog.listeners.remove(self.wake)
+            self._passed = {key: count for key, count in self._passed.items() if key[0] is not executor}
+            if threading.current_thread() in self._lanes:
+                return  # closed from a caller's hook: it cannot wait for the micro-batch that it is part of
             while executor in self._in_flight.values():
                 self._condition.wait(0.1)
 
     def wake(self) -> None:
         """Work has come, or room."""
         with self._condition:
-            if not self._closing and not self._waiting:
+            closing = self._closing
+            if not closing and not self._waiting:
                 self._start_lane()
             self._condition.notify()
+            executors = list(self._executors) if closing else []
+        for executor in executors:
+            if executor.backlog.pending:
+                executor.backlog.end(_exiting)
 
     @property
     def num_lanes(self) -> int:
         return len(self._lanes)
 
     def close(self) -> None:
-        """End the lanes once their micro-batches are done; prompt, since none waits for work any more."""
+        """End the lanes once their micro-batches are done; what waits, for work or for memory, fails, so this is prompt."""
         with self._condition:
             self._closing = True
             self._condition.notify_all()
             lanes = list(self._lanes)
+            executors = list(self._executors)
+            jobs = _jobs(self._in_flight)
+        for executor in executors:
+            executor.backlog.end(_exiting)
+        for job in jobs:
+            job.fail(_exiting())
         for lane in lanes:
             lane.join(timeout=10)
 
@@ -102,7 +118,12 @@ class Dispatcher:
                 target=self._lane, name=f"memsafe-{self.device.name}-{len(self._lanes)}", daemon=True
             )
             self._lanes.add(lane)
-            lane.start()
+            try:
+                lane.start()
+            except RuntimeError:  # the system gives no more threads: those that there are will do
+                self._lanes.discard(lane)
+                if not self._lanes:
+                    raise
 
     def _lane(self) -> None:
         set_threads = _thread_setter(self.device)
@@ -115,15 +136,31 @@ class Dispatcher:
                     executor.run(ticket, _Site(self, ticket))
                 except BaseException as error:  # a fault of ours: no caller may wait for ever
                     log.exception("a micro-batch ended in an unexpected error")
-                    dead = ClosedError(f"the worker of {self.device.name} failed: {type(error).__name__}: {error}")
-                    for item in ticket.batch.items:
-                        item.job.fail(dead)
+                    for job in _jobs([ticket]):
+                        job.fail(self._death(error))
                 finally:
                     self._done(ticket)
+                    if executor.broken is not None and not executor.backlog.has_others(executor):
+                        executor.backlog.end(partial(_all_failed, executor.broken))
                     del executor, ticket, grant
+        except BaseException as error:  # a fault of ours, before a micro-batch was chosen
+            self._report_death(error)
         finally:
             with self._condition:
                 self._lanes.discard(threading.current_thread())
+                if not self._closing and not self._waiting and any(e.backlog.pending for e in self._executors):
+                    self._start_lane()  # work that came while this lane was on its way out
+
+    def _report_death(self, error: BaseException) -> None:
+        log.error("choosing a micro-batch ended in an unexpected error", exc_info=error)
+        with self._condition:
+            backlogs = {executor.backlog for executor in self._executors}
+        for backlog in backlogs:
+            for job in backlog.jobs():
+                job.fail(self._death(error))
+
+    def _death(self, error: BaseException) -> ClosedError:
+        return ClosedError(f"the worker of {self.device.name} failed: {type(error).__name__}: {error}")
 
     def _next(self) -> tuple[Executor, Ticket] | None:
         with self._condition:
@@ -152,7 +189,11 @@ class Dispatcher:
         if self._alone or any(ticket.probe for ticket in running):
             return None  # it runs alone, to be measured, or because it failed beside others
         busy = len(running)
-        for executor in self._order():
+        waiting = self._who_waits()
+        turn = FAIRNESS * max(len(waiting) - 1, 1)
+        if busy and any(self._passed.get(each, 0) > turn for each in waiting):
+            return None  # some work cannot start beside others: let the device run empty, or it never would
+        for executor in self._order(waiting, turn):
             lanes, threads = executor.lanes
             keys = executor.backlog.keys()
             if not keys:
@@ -172,26 +213,33 @@ class Dispatcher:
             if not busy:
                 self._running = (lanes, threads)
             self._in_flight[ticket] = executor
+            served = (executor, ticket.batch.items[0].job.key.priority)
+            self._passed = {each: self._passed.get(each, 0) + 1 for each in waiting if each != served}
             return executor, ticket
         return None
 
-    def _order(self) -> list[Executor]:
-        """Executors with work, the most urgent first, equals in turn; of replicas the least busy first."""
-        working = [executor for executor in self._executors if executor.broken is None and executor.backlog.pending]
-        if len(working) < 2:
-            return working
-        self._turn += 1
-        loads = {id(executor): 0 for executor in working}
-        for executor in self._in_flight.values():
-            if id(executor) in loads:
-                loads[id(executor)] += 1
-        turned = working[self._turn % len(working) :] + working[: self._turn % len(working)]
+    def _who_waits(self) -> list[tuple[Executor, int]]:
+        """(executor, priority) of all work that waits."""
+        return [
+            (executor, priority)
+            for executor in self._executors
+            if executor.broken is None and executor.backlog.pending
+            for priority in executor.backlog.priorities()
+        ]
 
-        def urgency(executor: Executor) -> tuple[int, int]:
-            keys = executor.backlog.keys()
-            return (keys[0].priority if keys else QUERY + 1, loads[id(executor)])
+    def _order(self, waiting: list[tuple[Executor, int]], turn: int) -> list[Executor]:
+        """Executors with work: those passed over `turn` times first, then the most urgent, equals in turn; of replicas
+        the least busy first."""
+        if len(waiting) < 2:
+            return [executor for executor, _ in waiting]
+        in_flight = list(self._in_flight.values())
 
-        return sorted(turned, key=urgency)
+        def rank(each: tuple[Executor, int]) -> tuple[bool, int, int, int]:
+            executor, priority = each
+            passed = self._passed.get(each, 0)
+            return passed < turn, priority, in_flight.count(executor), -passed
+
+        return list(dict.fromkeys(executor for executor, _ in sorted(waiting, key=rank)))
 
     def _done(self, ticket: Ticket) -> None:
         now = time.perf_counter()
@@ -252,6 +300,18 @@ def _thread_setter(device: Device) -> Any:
     from memsafe.runtime.threads import set_threads
 
     return set_threads
+
+
+def _jobs(tickets: Iterable[Ticket]) -> list[Job]:
+    return list(dict.fromkeys(item.job for ticket in tickets for item in ticket.batch.items))
+
+
+def _exiting() -> ClosedError:
+    return ClosedError("the interpreter is exiting")
+
+
+def _all_failed(error: BaseException) -> ClosedError:
+    return ClosedError(f"every device of this model has failed, the last with {type(error).__name__}: {error}")
 
 
 def _close_all() -> None:

@@ -16,6 +16,8 @@ from memsafe.runtime.output import Rows, RowWriter
 __all__ = ["BULK", "QUERY", "Backlog", "Job", "QueueKey"]
 
 QUERY, BULK = 0, 1
+OLDEST = 4
+"""Of so many micro-batches from one queue, one begins with the job that has waited longest rather than with the longest."""
 
 
 class QueueKey(tuple[int, int | None, Hashable]):
@@ -56,6 +58,8 @@ class Job:
         self.emit = emit
         self.writer = RowWriter(num_inputs)
         self.future: Future[Rows | None] = Future()
+        # asyncio cancels a wrapped future behind our back, unless it runs; then cancelling goes through :meth:`cancel`
+        self.future.set_running_or_notify_cancel()
         self.backlog: Backlog | None = None
         self.started = 0.0
         self.process_bytes_before = 0
@@ -76,10 +80,14 @@ class Job:
         return self.future.done()
 
     def deliver(self, items: Sequence[TokenizedInput], rows: Rows) -> None:
-        """Write the rows of `items`; finishes the job with the last one."""
+        """Write the rows of `items`; finishes the job with the last one. What goes wrong here ends this job alone."""
         if self.done:
             return
-        self.writer.write([item.index for item in items], rows)
+        try:
+            self.writer.write([item.index for item in items], rows)
+        except Exception as error:  # no memory for the array of all rows
+            self.fail(error)
+            return
         self._finish(len(items))
 
     def give_up(self, item: TokenizedInput, error: InputTooLargeError) -> None:
@@ -112,7 +120,11 @@ class Job:
             last = self._pending == 0 and not self.future.done()
             failed = dict(self._failed) if last else {}
         if self._progress is not None:
-            self._progress(count)
+            try:
+                self._progress(count)
+            except BaseException as failure:  # the caller's own code: its failure is the caller's, not the worker's
+                self.fail(failure)
+                return
         if not last:
             return
         if failed:
@@ -146,34 +158,56 @@ class Backlog:
         self.executors: list[Any] = []
         self._queues: dict[QueueKey, _Queue] = {}
         self._room = threading.Condition(self.lock)
+        self._ended: Callable[[], BaseException] | None = None
+        self._turns = 0  # micro-batches taken
+        self._offset = 0  # where in its queue the last view began
         self.pending = 0
 
     def extend(self, job: Job, items: Iterable[TokenizedInput], max_pending: int | None = None) -> None:
         """Put `items` of `job` in the queue, waiting for room while `max_pending` others wait. Ends early if it is done."""
         items = list(items)
+        job.backlog = self  # before looking whether it is done: who ends it from now on takes its items out again
         while items and not job.done:
             with self._room:
                 if max_pending is not None:
-                    while self.pending >= max_pending and not job.done:
+                    while self.pending >= max_pending and not job.done and self._ended is None:
                         self._room.wait(0.1)
                     room = max(max_pending - self.pending, 0)
                 else:
                     room = len(items)
                 now, items = items[:room], items[room:]
+                ended = self._ended
                 if job.done:
                     return
-                job.backlog = self
-                self._queues.setdefault(job.key, _Queue()).add(now)
-                self.pending += len(now)
+                if ended is None:
+                    self._add(job.key, now)
+            if ended is not None:
+                job.fail(ended())
+                return
             self._tell()
+
+    def end(self, error: Callable[[], BaseException]) -> None:
+        """Nobody serves these queues any more: all that waits, and whatever comes later, fails with a new `error`."""
+        with self._room:
+            self._ended = self._ended or error
+            self._room.notify_all()
+        for job in self.jobs():
+            job.fail(error())
 
     def put_back(self, items: Sequence[TokenizedInput]) -> None:
         """Return items that were taken but not run."""
+        ended: list[Job] = []
         with self.lock:
             for item in items:
-                if not item.job.done:
-                    self._queues.setdefault(item.job.key, _Queue()).add([item])
-                    self.pending += 1
+                if item.job.done:
+                    continue
+                if self._ended is None:
+                    self._add(item.job.key, [item])
+                else:
+                    ended.append(item.job)
+        for job in ended:
+            if self._ended is not None:
+                job.fail(self._ended())
         self._tell()
 
     def withdraw(self, job: Job) -> None:
@@ -181,23 +215,37 @@ class Backlog:
             queue = self._queues.get(job.key)
             if queue is not None:
                 self.pending -= queue.drop(job)
+                if not queue.items:
+                    del self._queues[job.key]
                 self._room.notify_all()
         self._tell()
 
     def keys(self) -> list[QueueKey]:
-        """Queues with work, most urgent first."""
+        """Queues with work, most urgent first; of equals the one that has waited longest for its turn."""
         with self.lock:
-            return sorted((key for key, queue in self._queues.items() if queue.items), key=lambda key: key.priority)
+            return sorted(self._queues, key=lambda key: (key.priority, self._queues[key].turn))
+
+    def priorities(self) -> set[int]:
+        """Of the queues with work."""
+        with self.lock:
+            return {key.priority for key in self._queues}
 
     def view(self, key: QueueKey) -> tuple[list[TokenizedInput], int]:
-        """The items of a queue, longest first, and their tokens. Hold :attr:`lock` while using them."""
+        """Items of a queue that may run next, longest first, and the tokens of the whole queue.
+
+        Hold :attr:`lock` while using them. Mostly all items; every :data:`OLDEST`-th time those from the oldest job's
+        longest on, so that short inputs do not wait for ever while longer ones keep coming.
+        """
         queue = self._queues[key]
-        return queue.items, queue.tokens
+        self._offset = queue.oldest() if queue.takes % OLDEST == OLDEST - 1 else 0
+        return queue.items[self._offset :] if self._offset else queue.items, queue.tokens
 
     def take(self, key: QueueKey, start: int, count: int) -> None:
-        """Remove items ``start:start + count`` of a queue. Hold :attr:`lock` from :meth:`view` on."""
+        """Remove items ``start:start + count`` of what :meth:`view` last gave. Hold :attr:`lock` from there on."""
         queue = self._queues[key]
-        queue.remove(start, count)
+        queue.remove(self._offset + start, count)
+        self._turns += 1
+        queue.turn, queue.takes = self._turns, queue.takes + 1
         if not queue.items:
             del self._queues[key]
         self.pending -= count
@@ -209,7 +257,13 @@ class Backlog:
 
     def jobs(self) -> set[Job]:
         with self.lock:
-            return {item.job for queue in self._queues.values() for item in queue.items}
+            return {job for queue in self._queues.values() for job in queue.jobs}
+
+    def _add(self, key: QueueKey, items: list[TokenizedInput]) -> None:
+        if key not in self._queues:
+            self._queues[key] = _Queue(self._turns)  # a new queue comes after those that wait already
+        self._queues[key].add(items)
+        self.pending += len(items)
 
     def _tell(self) -> None:
         for listener in list(self.listeners):
@@ -217,16 +271,20 @@ class Backlog:
 
 
 class _Queue:
-    """Items longest first; equal lengths in order of arrival."""
+    """Items longest first; equal lengths in order of arrival. turn: of the backlog, when it was last served."""
 
-    __slots__ = ("items", "tokens")
+    __slots__ = ("items", "jobs", "takes", "tokens", "turn")
 
-    def __init__(self) -> None:
+    def __init__(self, turn: int) -> None:
         self.items: list[TokenizedInput] = []
-        self.tokens = 0
+        self.jobs: dict[Job, int] = {}  # how many items of each wait
+        self.takes = self.tokens = 0
+        self.turn = turn
 
     def add(self, items: list[TokenizedInput]) -> None:
         self.tokens += sum(item.num_tokens for item in items)
+        for item in items:
+            self.jobs[item.job] = self.jobs.get(item.job, 0) + 1
         if len(items) == 1 and self.items:
             place = bisect_right(self.items, -items[0].num_tokens, key=lambda item: -item.num_tokens)
             self.items.insert(place, items[0])
@@ -234,14 +292,26 @@ class _Queue:
         self.items.extend(items)
         self.items.sort(key=lambda item: -item.num_tokens)  # nearly sorted already: timsort merges the runs
 
+    def oldest(self) -> int:
+        """Where the longest item of the job that began first stands."""
+        if len(self.jobs) < 2:
+            return 0
+        oldest = min(self.jobs, key=lambda job: job.started)
+        return next(place for place, item in enumerate(self.items) if item.job is oldest)
+
     def remove(self, start: int, count: int) -> None:
         taken = self.items[start : start + count]
         self.tokens -= sum(item.num_tokens for item in taken)
+        for item in taken:
+            self.jobs[item.job] -= 1
+            if not self.jobs[item.job]:
+                del self.jobs[item.job]
         del self.items[start : start + count]
 
     def drop(self, job: Job) -> int:
         kept = [item for item in self.items if item.job is not job]
         dropped = len(self.items) - len(kept)
         self.items = kept
+        self.jobs.pop(job, None)
         self.tokens = sum(item.num_tokens for item in kept)
         return dropped

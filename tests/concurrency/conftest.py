@@ -1,0 +1,29 @@
+"""A device with room, and the promise that every test leaves no thread behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from memsafe.runtime import dispatcher
+from memsafe.testing import SimulatedDevice
+
+from tests.concurrency.helpers import wait_until
+
+
+@pytest.fixture
+def device() -> SimulatedDevice:
+    return SimulatedDevice("1GiB")
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lanes end when they have had no work for a while (here: shortly), and callers' threads with their calls."""
+    monkeypatch.setattr(dispatcher, "IDLE_S", 0.05)
+    yield
+
+    def ours() -> list[str]:
+        return [t.name for t in threading.enumerate() if t.name.startswith(("memsafe-", "caller"))]
+
+    wait_until(lambda: not ours(), "the end of every lane and caller")

@@ -1,0 +1,98 @@
+"""What the tests of concurrency share: watched models, callers in threads, and waiting with a limit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from memsafe.planning.batch import MicroBatch
+from memsafe.runtime.jobs import QUERY
+
+PATIENCE_S = 60.0
+"""How long a test waits for what must happen; far longer than it takes, so that a busy machine does not fail it."""
+
+
+def start(function: Callable[..., Any], *args: Any, **options: Any) -> Future[Any]:
+    """Call `function` in a daemon thread of its own: a test that fails never waits for it."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*args, **options))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True, name="caller").start()
+    return future
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Poll until `condition` holds; fails the test, saying `what` did not happen."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.002)
+
+
+def pending(model: Any) -> int:
+    """Inputs of an Embedder or Reranker that wait."""
+    return int(model._engine.backlog.pending)
+
+
+class Watch:
+    """Wraps the forward of an Embedder's or Reranker's models: records micro-batches and can hold them.
+
+    batches: in the order in which their forwards began. most: forwards inside at once, at most.
+    """
+
+    def __init__(self, *models: Any, takes_s: float = 0.0) -> None:
+        self.batches: list[MicroBatch] = []
+        self.most = 0
+        self.takes_s = takes_s
+        self._inside = 0
+        self._lock = threading.Lock()
+        self._open = threading.Event()
+        self._open.set()
+        self.errors: list[Callable[[MicroBatch], None]] = []
+        for model in models:
+            for loaded in model._engine.models:
+                loaded.forward = self._wrapped(loaded.forward)
+
+    def _wrapped(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(batch: MicroBatch, *args: Any, **options: Any) -> Any:
+            with self._lock:
+                self.batches.append(batch)
+                self._inside += 1
+                self.most = max(self.most, self._inside)
+            try:
+                assert self._open.wait(PATIENCE_S)
+                if self.takes_s:
+                    time.sleep(self.takes_s)
+                for error in self.errors:
+                    error(batch)
+                return forward(batch, *args, **options)
+            finally:
+                with self._lock:
+                    self._inside -= 1
+
+        return watched
+
+    def hold(self) -> None:
+        """Let no forward that begins from now on end."""
+        self._open.clear()
+
+    def go(self) -> None:
+        """Let all forwards that are held go on."""
+        self._open.set()
+
+    @property
+    def kinds(self) -> str:
+        """The micro-batches in their order: ``q`` for queries, ``b`` for bulk."""
+        return "".join("q" if batch.items[0].job.key.priority == QUERY else "b" for batch in self.batches)
+
+    def wait_for(self, count: int) -> None:
+        """Until `count` forwards have begun."""
+        wait_until(lambda: len(self.batches) >= count, f"{count} forwards")
