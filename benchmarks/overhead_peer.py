@@ -80,9 +80,9 @@ class Overhead(Peer):
         run = self.executor.run
         if record:
 
-            def recording(ticket: Any) -> None:
+            def recording(ticket: Any, *args: Any, **kwargs: Any) -> Any:
                 batches.append(ticket.batch)
-                run(ticket)
+                return run(ticket, *args, **kwargs)
 
             vars(self.executor)["run"] = recording
         try:

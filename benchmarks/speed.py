@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,6 +163,7 @@ def compare(
             entry.seconds.append(entry.last["seconds"][0])
             entry.saved = save or entry.saved
         done += 1
+        print(f"  {task.name}: round {done}, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     entries = [entry for entry in entries if entry.contender in arena.contenders]
     ours = next((entry for entry in entries if entry.contender.ours), None)
     peers = [entry for entry in entries if not entry.contender.ours]

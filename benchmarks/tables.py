@@ -49,11 +49,27 @@ def _faster(row: dict[str, Any]) -> str:
         return "-"
     if row["ours"] and ratio["low"] == ratio["high"] == 1:
         return "1"
-    lost = " (ours is slower)" if ratio["median"] < 1 else ""
+    lost = " (ours is slower)" if ratio["median"] < 1 and not row["ours"] else ""
     return spread(ratio) + lost
 
 
-def _task(found: dict[str, Any]) -> list[str]:
+def _speed_of(row: dict[str, Any]) -> str:
+    """How many times the speed of our first row this one has."""
+    ratio = row.get("ratio")
+    if ratio is None:
+        return "-"
+    turned = {
+        "median": 1 / ratio["median"],
+        "low": 1 / ratio["high"],
+        "high": 1 / ratio["low"],
+        "count": ratio["count"],
+    }
+    return spread(turned)
+
+
+def _task(
+    found: dict[str, Any], title: str = "our speed over it", figure: Callable[[dict[str, Any]], str] = _faster
+) -> list[str]:
     """One comparison: its texts, its table, its roofline, its sweep and who could not run."""
     length, what = found["length"], "pairs" if found["kind"] == "rerank" else "texts"
     lines = [
@@ -63,7 +79,7 @@ def _task(found: dict[str, Any]) -> list[str]:
         f"longest {length['max']:,}), {found['rounds']} rounds.",
         "",
     ]
-    head = ["", "tokens/s", "our speed over it", "of the fp32 matrix rate", "largest difference" + (
+    head = ["", "tokens/s", title, "of the fp32 matrix rate", "largest difference" + (
         "" if found["kind"] == "rerank" else ", least cosine")]  # fmt: skip
     lines += table(
         head,
@@ -71,7 +87,7 @@ def _task(found: dict[str, Any]) -> list[str]:
             [
                 _label(row),
                 spread(row["tokens_per_s"], "{:,.0f}"),
-                _faster(row),
+                figure(row),
                 spread(row["roofline_fraction"]),
                 _check(row),
             ]
@@ -251,7 +267,7 @@ def overhead(section: Section) -> list[str]:
 
 
 def dtype(section: Section) -> list[str]:
-    return ["## Half precision", "", *_task(section)[2:]]
+    return ["## Half precision", "", *_task(section, "times our float32", _speed_of)[2:]]
 
 
 SECTIONS: dict[str, Callable[[Section], list[str]]] = {

@@ -1,0 +1,183 @@
+"""Proof on a CUDA device, section by section; each ends within --minutes by its own clock.
+
+    python -m benchmarks.gpu.prove --sections correctness,prediction --out results
+    python -m benchmarks.gpu.prove --dry-run-cpu            # every section with tiny shapes, on the CPU
+    python -m benchmarks.gpu.prove --merge a.json b.json --out benchmarks/results
+
+Writes one JSON and one Markdown file to --out, by default to $OUT, else to benchmarks/results. docs/gpu.md explains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import importlib.util
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:  # run as a file
+    sys.path.insert(0, str(ROOT))
+if str(ROOT / "core") not in sys.path and not importlib.util.find_spec("memsafe"):  # not installed on a lent machine
+    sys.path.insert(0, str(ROOT / "core"))
+
+from benchmarks.gpu import common  # noqa: E402
+
+SECTIONS = ("correctness", "articles", "prediction", "recovery", "speed", "overheads")
+BAD = re.compile(r"^(DIFFERS|WRONG|VIOLATED|not packed|died|error)")
+"""Outcomes that mean a promise was not kept. A peer that runs out of memory is a finding, not a failure of ours."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 if everything that ran kept its promise, 1 if not, 2 if there is no CUDA device."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sections", default=",".join(SECTIONS), help=f"of {','.join(SECTIONS)}")
+    parser.add_argument("--minutes", type=float, default=8.0, help="a section's time")
+    parser.add_argument(
+        "--total-minutes", type=float, help="time of all sections together; each gets at most what is left"
+    )
+    parser.add_argument("--out", default=os.environ.get("OUT") or str(ROOT / "benchmarks" / "results"))
+    parser.add_argument(
+        "--models", default=str(Path(tempfile.gettempdir()) / "memsafe-prove"), help="where they are saved"
+    )
+    parser.add_argument(
+        "--dry-run-cpu", action="store_true", help="tiny shapes on the CPU: tests this script, nothing else"
+    )
+    parser.add_argument("--merge", nargs="+", metavar="JSON", help="put earlier results together; runs nothing")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.child:
+        common.run_child(*given.child)
+        return 0
+    out = Path(given.out)
+    if given.merge:
+        write(out, merge([json.loads(Path(each).read_text(encoding="utf-8")) for each in given.merge]))
+        return 0
+    chosen = given.sections.split(",")
+    unknown = [name for name in chosen if name not in SECTIONS]
+    if unknown:
+        parser.error(f"no section {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "core"), os.environ.get("PYTHONPATH", "")])
+    with tempfile.TemporaryDirectory() as cache:  # nothing learnt earlier, nothing left behind
+        before = os.environ.get("MEMSAFE_CACHE_DIR")
+        os.environ["MEMSAFE_CACHE_DIR"] = cache
+        try:
+            return prove(given, chosen, out)
+        finally:
+            os.environ.pop("MEMSAFE_CACHE_DIR")
+            if before is not None:
+                os.environ["MEMSAFE_CACHE_DIR"] = before
+
+
+def prove(given: Any, chosen: list[str], out: Path) -> int:
+    """Run the sections; results are written after each, so that what ended is kept whatever comes next."""
+    dry, device = given.dry_run_cpu, "cpu" if given.dry_run_cpu else "cuda:0"
+    started = time.time()
+    end = started + 60 * (given.total_minutes if given.total_minutes is not None else 1e6)
+
+    def setting(minutes: float) -> common.Setting:
+        return common.Setting(dry, given.models, min(time.time() + 60 * minutes, end), device)
+
+    rows = list(common.isolated(setting(5), "common:describe"))
+    machine = rows[0]
+    if "device" not in machine:
+        print(f"no CUDA device, or it cannot be used: {machine.get('log', machine)}", file=sys.stderr)
+        return 2
+    result: dict[str, Any] = {"machines": [machine], "sections": {}}
+    result["models"] = list(common.isolated(setting(5), "common:make_models"))
+    for name in chosen:
+        module = importlib.import_module(f"benchmarks.gpu.{name}")
+        began, found = time.time(), []
+        for row in module.run(setting(given.minutes)):
+            found.append(row)
+            line = " ".join(f"{k}={short(v)}" for k, v in row.items() if k not in ("detail", "log"))
+            print(f"[{name} {time.time() - began:.0f}s] {line}", flush=True)
+        result["sections"][name] = {
+            "rows": found,
+            "seconds": time.time() - began,
+            "device": machine["device"],
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+        write(out, result)
+    bad = [(name, row) for name, one in result["sections"].items() for row in one["rows"] if kept_not(row)]
+    for name, row in bad:
+        print(f"NOT KEPT: {name}: { ({k: v for k, v in row.items() if k != 'detail'}) }", flush=True)
+    print(f"{len(bad)} promises not kept; {time.time() - started:.0f} s in all")
+    return 1 if bad else 0
+
+
+def kept_not(row: dict[str, Any]) -> bool:
+    """Whether a row shows a promise that was not kept: ours did not finish, or finished wrong."""
+    outcome = str(row.get("outcome", ""))
+    ours = row.get("who", "memsafe") == "memsafe"
+    return ours and bool(BAD.match(outcome) or outcome.startswith("out of memory"))
+
+
+def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Later results replace earlier ones of the same section; every machine that was used is listed."""
+    merged: dict[str, Any] = {"machines": [], "models": [], "sections": {}}
+    for result in results:
+        merged["machines"] += [one for one in result["machines"] if one not in merged["machines"]]
+        merged["models"] = result.get("models", [])
+        merged["sections"].update(result["sections"])
+    return merged
+
+
+def write(out: Path, result: dict[str, Any]) -> None:
+    """gpu-DEVICE-SECTIONS.json and .md."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = [name for name in SECTIONS if name in result["sections"]]
+    part = "" if len(names) == len(SECTIONS) else "-" + "-".join(names)
+    device = re.sub(r"[^A-Za-z0-9]+", "-", result["machines"][0]["device"]).strip("-").lower()[:40]
+    stem = f"gpu-{device}{part}"
+    for old in out.glob(f"gpu-{device}-*"):  # the same call's own earlier, shorter files
+        if old.stem != stem and part.startswith(old.stem.removeprefix(f"gpu-{device}")):
+            old.unlink()
+    (out / f"{stem}.json").write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    (out / f"{stem}.md").write_text(table(result), encoding="utf-8")
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: the machine, then a table for each section; rows with the same columns stand together."""
+    lines = ["# Proof on a GPU", ""]
+    for machine in result["machines"]:
+        lines += [f"- {name}: {short(value)}" for name, value in machine.items() if name != "what"] + [""]
+    for name, section in result["sections"].items():
+        lines += [f"## {name}", "", f"{section['date']}, {section['device']}, {section['seconds']:.0f} s", ""]
+        columns: list[str] = []
+        for row in section["rows"]:
+            row = {k: v for k, v in row.items() if k not in ("detail", "log")}
+            if len(row) < 3:
+                continue
+            if list(row) != columns:
+                columns = list(row)
+                lines += ["", f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+            lines.append(f"| {' | '.join(short(value).replace('|', '/') for value in row.values())} |")
+        lines.append("")
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
+
+
+def short(value: Any) -> str:
+    """A number with three digits that matter, bytes as they are; anything else as text."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 1 << 20:
+        return f"{value / (1 << 30):.2f}Gi"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {short(v)}" for k, v in value.items()) or "-"
+    if isinstance(value, (list, tuple)):
+        return "; ".join(short(each) for each in value) or "-"
+    return "-" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
