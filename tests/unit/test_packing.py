@@ -571,6 +571,62 @@ def test_views_not_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
     with packing.packed(LENGTHS):
-        ATTEND(SimpleNamespace(is_causal=False), query, key, value, None)
+        ATTEND(SimpleNamespace(is_causal=True), query, key, value, None)
     assert len(seen) == 3 * len(set(LENGTHS))
     assert set(seen) == storages
+
+
+# -- the quick way for short sequences on a CPU ---------------------------------------------------------------------
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the sequences that scaled_dot_product_attention, the careful way, attends to."""
+    calls: list[int] = []
+    real = nn.functional.scaled_dot_product_attention
+
+    def spy(q: Tensor, *args: Any, **options: Any) -> Tensor:
+        calls.append(q.shape[0])
+        return real(q, *args, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    return calls
+
+
+@pytest.mark.parametrize(("factor", "careful"), [(1.0, False), (3.0, False), (12.0, True), (1000.0, True)])
+def test_short_sequences_need_no_maximum(monkeypatch: pytest.MonkeyPatch, factor: float, careful: bool) -> None:
+    """Scores whose exponentials fit into float32 are summed as they are; larger ones are done again, the careful way."""
+    query, key, value = tensors()
+    query, key = query * factor, key * factor
+    calls = counting(monkeypatch)
+    with packing.packed(LENGTHS):
+        got, _ = ATTEND(layer(is_causal=False), query, key, value, None)
+    assert sum(calls) == (len(LENGTHS) if careful else 0)
+    wanted = reference(query, key, value, LENGTHS, causal=False, window=None, scale=None)
+    torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-4)
+
+
+def test_one_row_far_below_the_others_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A query whose scores all vanish beside another's is seen by its sum, and comes out right."""
+    query, key, value = tensors()
+    key[:, :, :60] = 1.0 + 0.01 * key[:, :, :60]
+    query[:, :, 5] = -40.0  # scores of -113, whose exponentials float32 cannot hold
+    calls = counting(monkeypatch)
+    with packing.packed(LENGTHS):
+        got, _ = ATTEND(layer(is_causal=False), query, key, value, None)
+    assert sum(calls) == len(LENGTHS)
+    wanted = reference(query, key, value, LENGTHS, causal=False, window=None, scale=None)
+    torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_long_sequences_keep_their_memory_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only sequences whose scores fit into a core's cache go the quick way; the others never hold their scores."""
+    monkeypatch.setattr(packing, "_SCORES_BYTES", 4 * 4 * 33 * 33)
+    query, key, value = tensors()
+    calls = counting(monkeypatch)
+    with packing.packed(LENGTHS), Largest() as seen:
+        got, _ = ATTEND(layer(is_causal=False), query, key, value, None)
+    assert sum(calls) == 1
+    assert seen.elements < 4 * 60 * 60
+    wanted = reference(query, key, value, LENGTHS, causal=False, window=None, scale=None)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

@@ -117,6 +117,11 @@ def _active(state: Packed | Padded) -> Iterator[None]:
         _local.state = before
 
 
+def is_active() -> bool:
+    """Whether a forward of ours runs in this thread."""
+    return _local.state is not None
+
+
 # -- masks ---------------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +254,8 @@ def _grouped(
         key, value = repeat_kv(key, heads // key.shape[1]), repeat_kv(value, heads // value.shape[1])
     output = query.new_empty((state.tokens, heads, value.shape[3]))
     plain = query.device.type == "cpu" and query.dtype is torch.float32 and not causal and window is None
-    limit = _SCORES_BYTES // (4 * heads) if plain else 0
+    # Many threads wait for each other longer than these small operations take.
+    limit = _SCORES_BYTES // (4 * heads) if plain and torch.get_num_threads() <= _SHORT_THREADS else 0
     short = [group for group in state.groups if group[2] * group[2] <= limit]
     if short and not _attend_short(query[0], key[0], value[0], output, short, scaling):
         short = []
@@ -272,9 +278,10 @@ def _grouped(
 _SCORES_BYTES = 2 << 20
 """Scores of one sequence, (heads, length, length) in float32, that stay in a core's cache: the second level has 1 or 2 MiB.
 
-At 12 heads this is 209 tokens. Measured against scaled_dot_product_attention on one core: 0.5 of its time at 40 and 60
-tokens, 0.7 from 80 to 200, as much at 256.
+At 12 heads this is 209 tokens. Measured against scaled_dot_product_attention, heads of 32 and 64, on one core and on
+two: 0.5 of its time at 40 and 60 tokens, 0.7 to 0.8 from 80 to 200, as much at 256.
 """
+_SHORT_THREADS = 4
 
 
 def _attend_short(
