@@ -142,13 +142,6 @@ class Engine:
         self._check_usable()
         if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
             raise ConfigError(f"max_rows: got {max_rows!r}; give an int of at least 1, or None for no cap")
-        if self.policy.max_pending is not None and self.policy.on_full == "raise":
-            waiting = self.backlog.pending
-            if waiting + num_inputs > self.policy.max_pending and waiting:
-                raise BusyError(
-                    f"{waiting} inputs wait already and this call has {num_inputs}, but max_pending is "
-                    f"{self.policy.max_pending}; call again later, or use on_full='wait'"
-                )
         encoder = self.model.encoder
         extras = encoder.extras(prompt)
         if encoder.mode == "opaque":
@@ -156,6 +149,13 @@ class Engine:
         features = (prompt if encoder.mode == "opaque" else extras.get("prompt_length"),)
         key = QueueKey((QUERY if urgent else BULK, max_rows, features))
         job = Job(num_inputs, key, extras, ReportBuilder(), progress, self._emit if self._hooks else None, positions)
+        if self.policy.max_pending is not None and self.policy.on_full == "raise":
+            waiting = self.backlog.reserve(job, num_inputs, self.policy.max_pending)
+            if waiting is not None:
+                raise BusyError(
+                    f"{waiting} inputs wait already and this call has {num_inputs}, but max_pending is "
+                    f"{self.policy.max_pending}; call again later, or use on_full='wait'"
+                )
         job.started = time.perf_counter()
         job.process_bytes_before = self.models[0].device.process_bytes()
         return job
@@ -206,7 +206,7 @@ class Engine:
             texts=num_texts,
             distinct_texts=job.writer.num_rows,
             weights_bytes=sum(m.weights_bytes for m in self.models),
-            lanes=max(executor.lanes[0] for executor in self.executors),
+            lanes=max((executor.lanes[0] for executor in self.executors), default=0),
             total_s=time.perf_counter() - job.started,
         )
         for note in self._notes:
@@ -263,8 +263,7 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
-        for job in self.backlog.jobs():
-            job.fail(ClosedError("closed while the call was waiting"))
+        self.backlog.end(lambda: ClosedError("closed while the call was waiting"))
         while self.executors:  # no variable may hold the last one, and with it the model
             dispatcher_of(self.executors[-1].device).detach(self.executors.pop())
         devices = [model.device for model in self.models]

@@ -160,8 +160,23 @@ class Backlog:
         self._room = threading.Condition(self.lock)
         self._ended: Callable[[], BaseException] | None = None
         self._turns = 0  # micro-batches taken
+        self._reserved: dict[Job, int] = {}  # inputs that were let in, but are not in a queue yet
         self._offset = 0  # where in its queue the last view began
         self.pending = 0
+
+    def reserve(self, job: Job, num_inputs: int, max_pending: int) -> int | None:
+        """Let `job` in, to come with :meth:`extend`; or return how many inputs wait, if it would make too many.
+
+        A job larger than `max_pending` is let in when nothing else waits.
+        """
+        with self.lock:
+            waiting = self.pending + sum(self._reserved.values())
+            if waiting and waiting + num_inputs > max_pending:
+                return waiting
+            if num_inputs:
+                job.backlog = self
+                self._reserved[job] = num_inputs
+        return None
 
     def extend(self, job: Job, items: Iterable[TokenizedInput], max_pending: int | None = None) -> None:
         """Put `items` of `job` in the queue, waiting for room while `max_pending` others wait. Ends early if it is done."""
@@ -181,6 +196,10 @@ class Backlog:
                     return
                 if ended is None:
                     self._add(job.key, now)
+                    if job in self._reserved:
+                        self._reserved[job] -= len(now)
+                        if not self._reserved[job]:
+                            del self._reserved[job]
             if ended is not None:
                 job.fail(ended())
                 return
@@ -212,6 +231,7 @@ class Backlog:
 
     def withdraw(self, job: Job) -> None:
         with self._room:
+            self._reserved.pop(job, None)
             queue = self._queues.get(job.key)
             if queue is not None:
                 self.pending -= queue.drop(job)
