@@ -53,7 +53,7 @@ def run(setting: Setting) -> Iterator[Row]:
 def case(setting: Setting, model: str, count: int, dtype: str, beside: bool) -> Iterator[Row]:
     """Ours, then every peer at its default and at the largest batch size that survives, as time allows."""
     pairs = model == "gte-reranker"
-    counts = lengths(count, 7, longest=setting.pick(8192, 80), median=setting.pick(300, 20))
+    counts = lengths(count, 7, longest=setting.pick(8192, 80), median=setting.pick(200, 20))
     head: Row = {"what": f"{count} x {model}", "dtype": dtype, "neighbour": beside, "tokens": sum(counts)}
     documents = texts([max(n - 10, 3) for n in counts] if pairs else counts, 8)
     query = texts([9], 9)[0]
@@ -89,7 +89,8 @@ def case(setting: Setting, model: str, count: int, dtype: str, beside: bool) -> 
             if isinstance(run_it, str):
                 yield {**head, "who": who, "outcome": run_it}
                 continue
-            for chosen in (None, _survives(setting, run_it, [documents[i] for i in order], other, counts, order)):
+            best = _survives(setting, run_it, [documents[i] for i in order], other, counts, order)
+            for chosen in (None,) if best is None else (None, best):
                 # A peer that would not end in time gets every n-th text; whether it survives its longest is known by then.
                 step = 1
                 while not setting.dry and sum(counts[::step]) / rate * 4 > setting.left() - 10 and step < count:
@@ -166,9 +167,13 @@ def _llama_embed(setting: Setting, st: Any) -> Any:
     except ImportError as error:
         return f"skipped: {error}"
 
+    def loaded(*_args: Any, prompts: Any = None, **_options: Any) -> Any:
+        st.prompts = {**st.prompts, **(prompts or {})}  # one copy of the weights serves all
+        return st
+
     def run_it(documents: list[str], batch_size: int | None) -> Any:
         original = base.SentenceTransformer
-        vars(base)["SentenceTransformer"] = lambda *args, **kwargs: st  # one copy of the weights serves all
+        vars(base)["SentenceTransformer"] = loaded
         try:
             size = {} if batch_size is None else {"embed_batch_size": batch_size}
             peer = HuggingFaceEmbedding(model_name="the-loaded-model", device=setting.device, **size)

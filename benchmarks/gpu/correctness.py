@@ -27,8 +27,6 @@ def run(setting: Setting) -> Iterator[Row]:
 
 def check(setting: Setting, model: str) -> Iterator[Row]:
     """All dtypes of one model in one process; the float32 padded rows are the reference of all."""
-    import numpy as np
-
     most = setting.pick(256 if model == "minilm" else 8192, 96)
     lengths = sorted({min(length, most) - place for place, length in enumerate(LENGTHS) if length > 40 or place > 13})
     lengths = [*lengths, most, *lengths[:4], 33, 33]  # equal ones too
@@ -50,7 +48,6 @@ def check(setting: Setting, model: str) -> Iterator[Row]:
         for kernel in setting.pick(("default", *inside.KERNELS), ("default", "math")):
             row: Row = {"what": model, "dtype": dtype, "kernel": kernel, "padded_from_float32": from_float32}
             yield {**row, **_compare(setting, st, inputs, pairs, kernel, plain, wanted, dtype)}
-        assert np.isfinite(wanted).all()
         del st
 
 

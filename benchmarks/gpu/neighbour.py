@@ -34,8 +34,7 @@ class Neighbour:
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            assert self._process.stdout is not None
-            self.said = self._process.stdout.readline().strip()
+            self.said = self._process.stdout.readline().strip() if self._process.stdout is not None else ""
             if not self.said.startswith("ready"):
                 raise RuntimeError("the neighbour could not take its memory")
         return self

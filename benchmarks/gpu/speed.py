@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import statistics
 import time
 import warnings
@@ -63,6 +64,8 @@ def case(setting: Setting, model: str, dtype: str, count: int) -> Iterator[Row]:
             continue
         rates: dict[str, float] = {}
         for size in (None, *setting.pick(BATCH_SIZES, (4,))):
+            if setting.left() < 60 and not setting.dry:
+                break
             row, _ = attempt(setting, lambda f=run_it, s=size: f(search, s), search_tokens)  # type: ignore[misc]
             rates[str(size or "default")] = row.get("tokens_per_s") or 0.0
             if row["outcome"] != "finished":
@@ -153,7 +156,12 @@ def _profile(setting: Setting, embedder: Any, inputs: list[str]) -> Row:
     kinds = [ProfilerActivity.CPU] if setting.dry else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     some = inputs[:: setting.pick(4, 1)]
     began = time.perf_counter()
-    with profile(activities=kinds, acc_events=True) as recorded:
+    options: dict[str, Any] = {"activities": kinds}
+    with contextlib.suppress(
+        AttributeError, TypeError
+    ):  # the lanes are other threads; older torch sees only their kernels
+        options["experimental_config"] = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    with profile(**options) as recorded:
         embedder.run(some)
         if not setting.dry:
             torch.cuda.synchronize()
