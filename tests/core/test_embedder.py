@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from memsafe import ClosedError, ConfigError, Embedder, EmbeddingRun, InputError, MemoryPolicy, ModelError
 from tests import models
 
+# Before version 5 transformers' BERT and its kin computed attention themselves: there they run padded, and say so.
+PACKS_BERT = int(transformers.__version__.split(".")[0]) >= 5
 TEXTS = ["a", "the quick brown fox", "", "   ", "jumps " * 90, "over\nthe\tlazy dog", "the quick brown fox", "ÄÖ 你好"]
 
 
@@ -42,8 +45,8 @@ def test_real_model_on_real_texts(embedder: Embedder, reference: SentenceTransfo
     assert run.embeddings.dtype == np.float32
     close(run.embeddings, reference.encode(passages))
     assert run.report.texts == len(passages)
-    assert run.report.padding_ratio == 0.0
-    assert embedder.path == "packed"
+    assert embedder.path == "packed" if PACKS_BERT else embedder.path.startswith("padded (")
+    assert (run.report.padding_ratio == 0.0) == PACKS_BERT
 
 
 def test_order_duplicates_and_odd_texts(embedder: Embedder, reference: SentenceTransformer) -> None:
@@ -62,7 +65,8 @@ def test_every_pooling_mode(tmp_path: Path, architecture: str, pooling: Any) -> 
     reference = SentenceTransformer(folder, device="cpu")
     with Embedder(folder, device="cpu") as ours:
         close(ours.embed_documents(TEXTS), reference.encode_document(TEXTS))
-        assert ours.path.startswith("packed" if architecture in models.PACKABLE else "padded")
+        if PACKS_BERT:
+            assert ours.path.startswith("packed" if architecture in models.PACKABLE else "padded")
 
 
 @pytest.mark.parametrize("architecture", models.ARCHITECTURES)
@@ -108,7 +112,9 @@ def test_prompt_left_out_of_the_mean(tmp_path: Path) -> None:
     ours.close()
 
 
-@pytest.mark.parametrize("options", [{"normalize": True}, {"truncate_dim": 128}, {"normalize": True, "truncate_dim": 64}])
+@pytest.mark.parametrize(
+    "options", [{"normalize": True}, {"truncate_dim": 128}, {"normalize": True, "truncate_dim": 64}]
+)
 def test_normalize_and_truncate(embedder: Embedder, reference: SentenceTransformer, options: dict[str, Any]) -> None:
     """normalize and truncate_dim do what encode's normalize_embeddings and truncate_dim do, in that order."""
     theirs = {"normalize_embeddings": options.get("normalize", False), "truncate_dim": options.get("truncate_dim")}
@@ -271,8 +277,9 @@ def test_threads_share_one_model(embedder: Embedder, reference: SentenceTransfor
 async def test_async_equals_sync(embedder: Embedder) -> None:
     """The async methods give the same rows, many at a time."""
     texts = [f"text number {i}" for i in range(40)]
-    one, many = await embedder.aembed_documents(texts), await asyncio.gather(
-        *(embedder.aembed_queries([text]) for text in texts)
+    one, many = (
+        await embedder.aembed_documents(texts),
+        await asyncio.gather(*(embedder.aembed_queries([text]) for text in texts)),
     )
     close(np.concatenate(many), one)
     run = await embedder.arun(texts)
@@ -343,6 +350,6 @@ def test_hooks_get_events_without_texts(minilm: str) -> None:
 def test_report_reads_well(embedder: Embedder) -> None:
     """The report prints its figures and turns into JSON."""
     report = embedder.run(["hello there", "world"]).report
-    assert "tokens/s" in str(report) and "packed" in str(report)
+    assert "tokens/s" in str(report) and embedder.path in str(report)
     assert report.to_dict()["texts"] == 2
     assert "<table>" in report._repr_html_()

@@ -8,13 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from memsafe import ConfigError, InputError, ModelError, RankedDocument, Reranker, RerankRun
 from tests import models
 
 QUERY = "how do I read a file line by line"
-DOCUMENTS = ["open(path) iterates over lines", "", "sort a list " * 60, "read " * 7, "open(path) iterates over lines", "x"]
+DOCUMENTS = [
+    "open(path) iterates over lines",
+    "",
+    "sort a list " * 60,
+    "read " * 7,
+    "open(path) iterates over lines",
+    "x",
+]
 PAIRS = [(QUERY, document) for document in DOCUMENTS] + [("", "both"), ("query " * 300, "document " * 300)]
 
 
@@ -41,7 +49,8 @@ def test_real_model(reranker: Reranker, reference: CrossEncoder, passages: list[
     run = reranker.run(pairs)
     assert run.scores.dtype == np.float32
     close(run.scores, reference.predict(pairs))
-    assert reranker.path == "packed"
+    if int(transformers.__version__.split(".")[0]) >= 5:  # before, BERT computed attention itself and runs padded
+        assert reranker.path == "packed"
     assert reranker.max_length == 128
     assert run.report.truncated > 0
 
