@@ -280,12 +280,13 @@ def cap_to(setting: Setting, num_bytes: int) -> Row:
 
 
 def free_memory(setting: Setting) -> None:
-    gc.collect()
-    if not setting.dry:
-        import torch
+    if setting.dry:  # a full collection of a large process takes a second
+        return
+    import torch
 
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
 
 
 def reserved(setting: Setting, *, peak: bool = False) -> int | None:

@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     out = Path(given.out)
     if given.merge:
-        write(out, merge([json.loads(Path(each).read_text(encoding="utf-8")) for each in given.merge]))
+        result = merge([json.loads(Path(each).read_text(encoding="utf-8")) for each in given.merge])
+        write(out, result, list(result["sections"]))
         return 0
     chosen = given.sections.split(",")
     unknown = [name for name in chosen if name not in SECTIONS]
@@ -107,7 +108,7 @@ def prove(given: Any, chosen: list[str], out: Path) -> int:
             "device": machine["device"],
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
-        write(out, result)
+        write(out, result, chosen)
     bad = [(name, row) for name, one in result["sections"].items() for row in one["rows"] if kept_not(row)]
     for name, row in bad:
         print(f"NOT KEPT: {name}: { ({k: v for k, v in row.items() if k != 'detail'}) }", flush=True)
@@ -132,16 +133,12 @@ def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def write(out: Path, result: dict[str, Any]) -> None:
-    """gpu-DEVICE-SECTIONS.json and .md."""
+def write(out: Path, result: dict[str, Any], chosen: Sequence[str]) -> None:
+    """gpu-DEVICE-SECTIONS.json and .md; without the sections' names if they are all there."""
     out.mkdir(parents=True, exist_ok=True)
-    names = [name for name in SECTIONS if name in result["sections"]]
-    part = "" if len(names) == len(SECTIONS) else "-" + "-".join(names)
+    part = "" if set(SECTIONS) <= set(chosen) else "-" + "-".join(name for name in SECTIONS if name in chosen)
     device = re.sub(r"[^A-Za-z0-9]+", "-", result["machines"][0]["device"]).strip("-").lower()[:40]
     stem = f"gpu-{device}{part}"
-    for old in out.glob(f"gpu-{device}-*"):  # the same call's own earlier, shorter files
-        if old.stem != stem and part.startswith(old.stem.removeprefix(f"gpu-{device}")):
-            old.unlink()
     (out / f"{stem}.json").write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
     (out / f"{stem}.md").write_text(table(result), encoding="utf-8")
 
