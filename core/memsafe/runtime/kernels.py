@@ -26,7 +26,10 @@ def cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
-    return torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
+    host = torch.tensor(starts, dtype=torch.int32, device="cpu")
+    if device.type == "cuda":  # from ordinary memory the driver may wait for everything before it
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def choose(
@@ -37,6 +40,9 @@ def choose(
         return None
     dim = query.shape[3]
     if value.shape[3] != dim or key.shape[3] != dim:
+        return None
+    # Under autocast rotary positions leave query and key in float32 beside a half value; only sdpa casts them itself.
+    if not query.dtype == key.dtype == value.dtype:
         return None
     half = query.dtype in (torch.float16, torch.bfloat16)
     # Flash attention: from sm80 on, half precision, heads of up to 256 in steps of 8.
