@@ -48,7 +48,8 @@ class HostCopy:
         if not isinstance(rows, np.ndarray) and rows.device.type == "cuda":
             import torch
 
-            host = torch.empty(rows.shape, dtype=torch.float32, pin_memory=True)
+            # The device is named, since a default device (torch.set_default_device) cannot be pinned.
+            host = torch.empty(rows.shape, dtype=torch.float32, device="cpu", pin_memory=True)
             host.copy_(rows, non_blocking=True)
             self._rows, self._event = host, torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(rows.device))
