@@ -51,9 +51,17 @@ def tolerance(dtype: torch.dtype, device: torch.device) -> float:
     the root of the number of layers. Half precision: twelve roundings of 2**-11 and 2**-8. TF32 multiplies as coarsely
     as float16. A sequence that sees another's tokens, or misplaces its own, differs by 0.1 and more.
     """
-    if dtype is torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+    if dtype is torch.float32 and device.type == "cuda" and _tf32():
         return 6e-3
     return {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 6e-3}.get(dtype, 5e-2)
+
+
+def _tf32() -> bool:
+    matmul = torch.backends.cuda.matmul
+    try:
+        return bool(matmul.allow_tf32)
+    except RuntimeError:  # set by its newer name, fp32_precision (torch 2.9), which forbids asking by the older one
+        return bool(matmul.fp32_precision != "ieee")
 
 
 def run_self_check(model: nn.Module, *, seed: int = 0) -> SelfCheck:
@@ -216,9 +224,9 @@ def _random_ids(encoder: nn.Module, tokenizer: Any, lengths: Sequence[int], seed
     device = next(encoder.parameters()).device
     rows = []
     for length in lengths:
-        ids = torch.randint(0, size, (4 * length + 16,), generator=generator)
+        ids = torch.randint(0, size, (4 * length + 16,), generator=generator, device="cpu")
         if special:
-            ids = ids[~torch.isin(ids, torch.tensor(sorted(special)))]
+            ids = ids[~torch.isin(ids, torch.tensor(sorted(special), device="cpu"))]
         ids = ids[:length]
         if len(ids) < length:
             raise NotImplementedError("the vocabulary holds too few ordinary tokens")
