@@ -323,7 +323,8 @@ class LoadedModel:
             if "token_type_ids" in arrays:
                 types = item.token_type_ids
                 arrays["token_type_ids"][row, place] = np.asarray(0 if types is None else types)
-        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        there = device == self._torch_device
+        tensors = {n: self._to_device(a) if there else torch.from_numpy(a).to(device) for n, a in arrays.items()}
         return {**extras, **tensors}, min(batch.lengths) == width
 
     # the self-check
@@ -365,7 +366,9 @@ class _CheckStore:
         import transformers
 
         st_version = importlib.import_module("sentence_transformers").__version__
-        key = [model.kind, model.name, model._revision, str(model.dtype), model.device.kind, torch.__version__]
+        # Cards have kernels of their own; machines of a cluster share the cache directory.
+        card = torch.cuda.get_device_name(model._torch_device) if model.device.kind == "cuda" else model.device.kind
+        key = [model.kind, model.name, model._revision, str(model.dtype), card, torch.__version__]
         key += [transformers.__version__, st_version, "1"]
         self._usable = bool(model._revision) and policy.learn
         self._file = os.path.join(
