@@ -35,6 +35,8 @@ REDO_TOKENS = 4096
 """Tokens, padding included, that are computed again on the CPU at a time: rows that came out as NaN."""
 LEAST_PROBE_TOKENS = 128
 """On a CPU, smaller micro-batches say little about larger ones, and single queries should not be slowed by measuring."""
+MOST_ROWS = 32768
+"""In one micro-batch on an accelerator: CUDA's attention kernels count sequences in a grid dimension of at most 65,535."""
 WORTH_RELEASING = 64 * MiB
 """Growth of the process during a run that is given back at its end; less is not worth the page faults of the next run."""
 
@@ -117,7 +119,8 @@ class Executor:
 
     def planner(self, max_rows: int | None) -> BatchPlanner:
         if max_rows not in self._planners:
-            self._planners[max_rows] = BatchPlanner(self.model.packed, self.model.pad_multiple, max_rows)
+            most = max_rows if self.device.kind == "cpu" else min(max_rows or MOST_ROWS, MOST_ROWS)
+            self._planners[max_rows] = BatchPlanner(self.model.packed, self.model.pad_multiple, most)
         return self._planners[max_rows]
 
     def admit(self, in_flight_bytes: int, busy: int, lanes: int) -> Ticket | None:
