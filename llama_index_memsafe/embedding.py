@@ -211,6 +211,7 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
         unset = self._batch_size_unset and self.embed_batch_size == DEFAULT_EMBED_BATCH_SIZE
         return {
             **options,
+            "urgent": prompt_name == "query",  # a question goes before bulk work that waits, with parity too
             "normalize": self.normalize,
             "max_rows": None if unset else self.embed_batch_size,
             "show_progress": self.show_progress_bar,

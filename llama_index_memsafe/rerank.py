@@ -186,7 +186,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         if not nodes:
             return []
         with self._callback(nodes, query) as event:
-            ranked = self._translate(nodes, self.reranker.rerank(query, _contents(nodes)))
+            ranked = self._translate(nodes, self.reranker.rerank(query, _contents(nodes), urgent=True))
             event.on_end(payload={EventPayload.NODES: ranked})
         dispatcher.event(ReRankEndEvent(nodes=ranked))
         return ranked
@@ -203,7 +203,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
             return []
         with self._callback(nodes, query) as event:
             reranker = await self._core.aget()
-            ranked = self._translate(nodes, await reranker.arerank(query, _contents(nodes)))
+            ranked = self._translate(nodes, await reranker.arerank(query, _contents(nodes), urgent=True))
             event.on_end(payload={EventPayload.NODES: ranked})
         dispatcher.event(ReRankEndEvent(nodes=ranked))
         return ranked

@@ -216,7 +216,10 @@ def test_instructions_by_model_name(plain: str, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_which_route_is_taken(tiny: str, core_calls: CoreCalls) -> None:
-    """Queries and texts tell the core what they are, for models with routes; parity tells nothing, as upstream."""
+    """Queries and texts tell the core what they are, for models with routes; parity tells nothing, as upstream.
+
+    Queries are urgent either way: someone waits for them.
+    """
     for parity in (False, True):
         model = MemsafeEmbedding(tiny, device="cpu", parity=parity)
         model.get_query_embedding("a")
@@ -225,6 +228,7 @@ def test_which_route_is_taken(tiny: str, core_calls: CoreCalls) -> None:
     kinds = [(options["kind"], options.get("prompt_name")) for options in core_calls.options]
     assert kinds[:3] == [("query", None), ("document", None), (None, None)]
     assert kinds[3:] == [(None, "query"), (None, "text"), (None, None)]
+    assert [options["urgent"] for options in core_calls.options] == [True, False, False] * 2
 
 
 # --- Async ------------------------------------------------------------------------------------------------------------

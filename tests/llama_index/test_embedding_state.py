@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import json
 import logging
 import os
 import pickle
 import threading
+import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -183,6 +186,21 @@ def test_a_forked_child_loads_its_own(plain: str, monkeypatch: pytest.MonkeyPatc
     assert not holder.loaded
     assert holder.get() is not first
     assert built == [1, 1]
+
+
+def test_an_object_that_is_dropped_frees_its_model(plain: str) -> None:
+    """Replacing Settings.embed_model must not keep the old model's weights."""
+    model = MemsafeEmbedding(plain, device="cpu")
+    model.get_text_embedding_batch(TEXTS)
+    asyncio.run(model.aget_text_embedding_batch(TEXTS))
+    alive = weakref.ref(model._model)
+    del model
+    for _ in range(50):  # a worker may hold its last micro-batch for a moment
+        gc.collect()
+        if alive() is None:
+            break
+        time.sleep(0.1)
+    assert alive() is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
