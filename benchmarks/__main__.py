@@ -103,7 +103,7 @@ class Suite:
 
     def memory(self) -> Results:
         """Peak resident memory: ours, the peers at their defaults and sentence-transformers at its fastest."""
-        labels = MAIN_SIX if self.quick else tuple(c.label for c in EMBED)
+        labels = ("memsafe", *MAIN_SIX[3:5]) if self.quick else tuple(c.label for c in EMBED)
         among: list[tuple[Contender, Results, str]] = [(c, {}, c.default) for c in self._pick(EMBED, labels)]
         by_label = {c.label: c for c in EMBED}
         label = "SentenceTransformer.encode"
@@ -155,7 +155,7 @@ class Suite:
         return dtype(folder=self.folder, **({"count": 60, "rounds": 2, "budget_s": 10} if self.quick else {}))
 
 
-SECTIONS = ("speed", "rerank", "mixes", "memory", "scale", "concurrency", "prediction", "overhead", "dtype")
+SECTIONS = ("speed", "rerank", "memory", "concurrency", "prediction", "overhead", "dtype", "mixes", "scale")
 QUICK = ("speed", "rerank", "memory", "concurrency", "prediction", "overhead")
 
 
@@ -165,6 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sections", help=f"comma-separated, of: {', '.join(SECTIONS)}")
     parser.add_argument("--only", metavar="TEXT", help="peers whose label contains TEXT, beside ours")
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="default: benchmarks/results/")
+    parser.add_argument(
+        "--minutes", type=float, default=25, help="start no section after that (25); those left out are listed"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the workers' logs and rows (prints where)")
     parser.add_argument(
         "--update", type=Path, metavar="JSON", help="run --sections again and put them into this result"
@@ -191,8 +194,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     paths: tuple[Path, ...] = ()
     for name in names:
+        if time.perf_counter() - began > 60 * chosen.minutes:
+            result["failed"][name] = f"not started: {chosen.minutes:g} minutes were over (--minutes)"
+            continue
         _run(suite, name, result)
         paths = report.write(result, chosen.output, file_name)  # after each section: a crash later loses nothing
+    paths = report.write(result, chosen.output, file_name)
     print(report.render(result))
     print(f"{time.perf_counter() - began:.0f} s; written: {', '.join(map(str, paths))}", file=sys.stderr)
     if chosen.keep:

@@ -97,9 +97,12 @@ class _Entry:
 
 
 def _explore(
-    arena: Arena, part: Path, sweep: tuple[int, ...] | None, keep: int
+    arena: Arena, part: Path, sweep: tuple[int, ...] | None, keep: int, until: float
 ) -> tuple[list[_Entry], list[dict[str, Any]], dict[str, float]]:
-    """Entries for the rounds; what the sweep saw; and the first run's seconds. `sweep` restricts the batch sizes."""
+    """Entries for the rounds; what the sweep saw; and the first run's seconds.
+
+    `sweep` restricts the batch sizes; after `until` (of perf_counter) the rest is left out, which the result says.
+    """
     entries, seen, first = [], [], {}
     for contender in list(arena.contenders):
         worker = arena.workers[contender.label]
@@ -108,7 +111,9 @@ def _explore(
             entries.append(_Entry(contender, {}, contender.default))
             found = []
             for size in contender.sweep:
-                if sweep is None or size in sweep:
+                if (sweep is None or size in sweep) and time.perf_counter() > until:
+                    seen.append({"label": contender.label, "batch_size": size, "seconds": None})
+                elif sweep is None or size in sweep:
                     seconds = worker.run(part, {"batch_size": size})["seconds"][0]
                     found.append((seconds, size))
                     seen.append({"label": contender.label, "batch_size": size, "seconds": seconds})
@@ -144,7 +149,7 @@ def compare(
     name = f"{task.model}-{task.name}".replace(" ", "-")
     whole = write_inputs(folder / f"{name}.json", task.inputs)
     some = write_inputs(folder / f"{name}-part.json", task.inputs[:part])
-    entries, seen, first = _explore(arena, some, sweep, keep)
+    entries, seen, first = _explore(arena, some, sweep, keep, began + budget_s)
     roofline = arena.open_roofline()
     rates: list[dict[str, Any]] = []
     done = 0

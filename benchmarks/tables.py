@@ -109,7 +109,7 @@ def _task(
     if found["sweep"]:
         by: dict[str, list[str]] = {}
         for one in found["sweep"]:
-            by.setdefault(one["label"], []).append(f"{one['batch_size']}: {one['seconds']:.2f}")
+            by.setdefault(one["label"], []).append(f"{one['batch_size']}: " + _seconds(one["seconds"]))
         count = found["first_run"]["inputs"]
         lines += ["", f"Seconds for {count} of them by batch size, one run each:", ""]
         lines += [f"- {label}: {', '.join(sizes)}" for label, sizes in by.items()]
@@ -172,6 +172,10 @@ def scale(section: Section) -> list[str]:
         "",
         *table(["", "texts", "tokens/s", "peak beyond before loading", "result"], rows),
     ]
+
+
+def _seconds(seconds: float | None) -> str:
+    return "not tried, for lack of time" if seconds is None else f"{seconds:.2f}"
 
 
 def _milliseconds(seconds: float | None) -> str:
