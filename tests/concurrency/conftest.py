@@ -6,9 +6,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+
 from memsafe.runtime import dispatcher
 from memsafe.testing import SimulatedDevice
-
 from tests.concurrency.helpers import wait_until
 
 

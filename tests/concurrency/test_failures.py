@@ -10,17 +10,25 @@ import time
 
 import numpy as np
 import pytest
+
 from memsafe import ClosedError, InputError, InputTooLargeError, MemoryPolicy
 from memsafe.planning.batch import MicroBatch
 from memsafe.runtime.dispatcher import dispatcher_of
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder, SimulatedReranker
-
 from tests.concurrency.helpers import PATIENCE_S, Watch, pending, start, wait_until
 from tests.concurrency.test_priorities import SMALL, texts
 
 
 class AcceleratorError(RuntimeError):
     """Named as torch's error for a device that is gone."""
+
+
+def _occupy(embedder: SimulatedEmbedder, watch: Watch) -> list:
+    """Hold the device with as many calls as it takes, so that whatever comes next waits in the queue together."""
+    watch.hold()
+    calls = [start(embedder.embed_queries, [f"keeps the device busy {i}"], max_rows=1) for i in range(5)]
+    wait_until(lambda: pending(embedder) == 2, "a busy device")  # two lanes, and one more for queries
+    return calls
 
 
 def _taking_part(batch: MicroBatch, count: int) -> bool:
@@ -111,13 +119,11 @@ def test_an_error_of_one_callers_inputs_reaches_it_alone(device: SimulatedDevice
     with SimulatedEmbedder(device, memory={"reserve": 0}) as embedder:
         embedder.simulated[0].fail_on("query: poison text", ValueError("the model chokes on this"))
         watch = Watch(embedder)
-        watch.hold()
-        first = start(embedder.embed_queries, ["keeps the device busy"])
-        watch.wait_for(1)
+        busy = _occupy(embedder, watch)
         calls = [start(embedder.embed_queries, [text]) for text in ("one", "poison text", "three", "four")]
-        wait_until(lambda: pending(embedder) + sum(len(b) for b in watch.batches[1:]) >= 4, "four queries waiting")
+        wait_until(lambda: pending(embedder) == 6, "four queries waiting")
         watch.go()
-        assert first.result(PATIENCE_S).shape == (1, 8)
+        assert all(call.result(PATIENCE_S).shape == (1, 8) for call in busy)
         with pytest.raises(ValueError, match="chokes"):
             calls[1].result(PATIENCE_S)
         for call, text in zip((calls[0], calls[2], calls[3]), ("one", "three", "four"), strict=True):
@@ -157,16 +163,15 @@ def test_a_failing_progress_callback_fails_its_own_call(device: SimulatedDevice)
 
     with SimulatedEmbedder(device, memory={"reserve": 0}) as embedder:
         watch = Watch(embedder)
-        watch.hold()
-        first = start(embedder.embed_queries, ["keeps the device busy"])
-        watch.wait_for(1)
+        busy = _occupy(embedder, watch)
         bad = start(embedder.embed_queries, ["with a bar"], progress=progress)
         good = start(embedder.embed_queries, ["without"])
-        wait_until(lambda: pending(embedder) + sum(len(b) for b in watch.batches[1:]) >= 2, "both in the queue")
+        wait_until(lambda: pending(embedder) == 4, "both in the queue")
         watch.go()
         with pytest.raises(RuntimeError, match="no terminal"):
             bad.result(PATIENCE_S)
-        assert good.result(PATIENCE_S).shape == first.result(PATIENCE_S).shape == (1, 8)
+        assert all(call.result(PATIENCE_S).shape == (1, 8) for call in (good, *busy))
+        assert any(_taking_part(batch, 2) for batch in watch.batches), "no micro-batch was shared"
 
 
 # dead workers

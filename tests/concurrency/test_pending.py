@@ -6,9 +6,9 @@ import asyncio
 import threading
 
 import pytest
+
 from memsafe import BusyError
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder
-
 from tests.concurrency.helpers import PATIENCE_S, Watch, pending, start, wait_until
 from tests.concurrency.test_priorities import texts
 

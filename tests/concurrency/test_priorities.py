@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from memsafe.runtime.executor import FAIRNESS
-from memsafe.runtime.jobs import OLDEST
+from memsafe.runtime.jobs import OLDEST, QUERY
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder
-
 from tests.concurrency.helpers import PATIENCE_S, Watch, pending, start, wait_until
 
 SMALL = {"max_tokens": 32, "reserve": 0}
@@ -26,7 +25,7 @@ def test_a_query_overtakes_bulk_work_that_waits(device: SimulatedDevice) -> None
         watch.wait_for(1)
         wait_until(lambda: pending(embedder) >= 72, "bulk work in the queue")
         query = start(embedder.embed_queries, ["what is asked"])
-        wait_until(lambda: any(k.priority == 0 for k in embedder._engine.backlog.keys()), "the query in the queue")
+        wait_until(lambda: QUERY in embedder._engine.backlog.priorities(), "the query in the queue")
         watch.go()
         assert query.result(PATIENCE_S).shape == (1, 8)
         assert watch.kinds.index("q") <= 2
