@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,7 @@ class Embedder(Model):
     ) -> None:
         super().__init__(model, device, dtype=dtype, max_length=max_length, memory=memory, hooks=hooks, options=options)
         self._normalize = normalize
-        self._truncate_dim = _check_dim(truncate_dim)
+        self._truncate_dim = truncate_dim
         self._show_progress = show_progress
 
     def embed_documents(self, texts: Sequence[str], **options: Any) -> Array:

@@ -61,11 +61,12 @@ def test_order_duplicates_and_odd_texts(embedder: Embedder, reference: SentenceT
 @pytest.mark.parametrize("architecture", ["bert", "modernbert", "qwen3", "mpnet"])
 def test_every_pooling_mode(tmp_path: Path, architecture: str, pooling: Any) -> None:
     """Every pooling mode gives encode's numbers, on packed and on padded paths."""
+    if architecture == "qwen3" and pooling in ("cls", "weightedmean") and not PACKS_BERT:
+        pytest.skip("sentence-transformers 5.0 pools left padding in with the text: its numbers depend on the batch")
     folder = str(models.save_embedder(tmp_path, architecture, pooling=pooling))
     reference = SentenceTransformer(folder, device="cpu")
     with Embedder(folder, device="cpu") as ours:
-        # One at a time: before 5.1 sentence-transformers pooled the padding of causal models in with the text.
-        close(ours.embed_documents(TEXTS), reference.encode_document(TEXTS, batch_size=1))
+        close(ours.embed_documents(TEXTS), reference.encode_document(TEXTS))
         if PACKS_BERT:
             assert ours.path.startswith("packed" if architecture in models.PACKABLE else "padded")
 
