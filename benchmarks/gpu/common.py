@@ -146,7 +146,7 @@ def words() -> list[str]:
     source = _minilm_folder()
     if source is None:
         return [f"word{i}" for i in range(5000)]
-    vocabulary = (source / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    vocabulary = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     return [word for word in vocabulary if len(word) > 2 and word.isascii() and word.isalpha() and word.islower()]
 
 
