@@ -70,6 +70,9 @@ class Embedder(Model):
         show_progress: bool = False,
         **options: Any,
     ) -> None:
+        truncate_dim = _check_dim(truncate_dim)
+        if truncate_dim is not None and isinstance(model, (str, os.PathLike)):
+            options["truncate_dim"] = truncate_dim  # so that the model itself tells the width that users will get
         super().__init__(model, device, dtype=dtype, max_length=max_length, memory=memory, hooks=hooks, options=options)
         self._normalize = normalize
         self._truncate_dim = truncate_dim
