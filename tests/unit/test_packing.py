@@ -606,6 +606,16 @@ def test_short_sequences_need_no_maximum(monkeypatch: pytest.MonkeyPatch, factor
     torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-4)
 
 
+def test_gradients_still_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside inference mode packed attention is differentiable: the quick way is left to those who need no gradient."""
+    query, key, value = tensors()
+    calls = counting(monkeypatch)
+    with packing.packed(LENGTHS):
+        got, _ = ATTEND(layer(is_causal=False), query.requires_grad_(), key, value, None)
+    got.sum().backward()
+    assert sum(calls) == len(LENGTHS) and query.grad is not None
+
+
 def test_one_row_far_below_the_others_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """A query whose scores all vanish beside another's is seen by its sum, and comes out right."""
     query, key, value = tensors()

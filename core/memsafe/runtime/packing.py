@@ -253,7 +253,8 @@ def _grouped(
     if key.shape[1] != heads:
         key, value = repeat_kv(key, heads // key.shape[1]), repeat_kv(value, heads // value.shape[1])
     output = query.new_empty((state.tokens, heads, value.shape[3]))
-    plain = query.device.type == "cpu" and query.dtype is torch.float32 and not causal and window is None
+    plain = query.device.type == "cpu" and query.dtype is torch.float32 and not query.requires_grad
+    plain = plain and not causal and window is None
     # Many threads wait for each other longer than these small operations take.
     limit = _SCORES_BYTES // (4 * heads) if plain and torch.get_num_threads() <= _SHORT_THREADS else 0
     short = [group for group in state.groups if group[2] * group[2] <= limit]
