@@ -52,6 +52,7 @@ class Setting:
 def isolated(setting: Setting, target: str, env: dict[str, str] | None = None, **arguments: Any) -> Iterator[Row]:
     """The rows of generator `target` ("module:function"), run in a process of its own so that its memory is its own.
 
+    env: added to the environment; None for the allocator settings that memsafe makes where it starts first, {} for none.
     Rows arrive even if the process is ended at the setting's time or dies. A dry run stays in this process.
     """
     module, _, name = target.partition(":")
@@ -61,6 +62,9 @@ def isolated(setting: Setting, target: str, env: dict[str, str] | None = None, *
     if setting.left() < 5:
         yield {"what": f"{target} {arguments}", "outcome": "not run: out of time"}
         return
+    conf = "expandable_segments:True"
+    env = {"PYTORCH_CUDA_ALLOC_CONF": conf, "PYTORCH_ALLOC_CONF": conf} if env is None else env
+    inherited = {name: value for name, value in os.environ.items() if not name.endswith("_ALLOC_CONF")}
     with tempfile.TemporaryDirectory() as folder:
         job, out, log = (Path(folder) / name for name in ("job.json", "rows.jsonl", "log"))
         job.write_text(json.dumps({"setting": asdict(setting), "target": target, "arguments": arguments}))
@@ -69,7 +73,7 @@ def isolated(setting: Setting, target: str, env: dict[str, str] | None = None, *
             child = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.gpu.prove", "--child", str(job), str(out)],
                 cwd=ROOT,
-                env={**os.environ, **(env or {})},
+                env={**inherited, **env},
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,10 +28,11 @@ def forced(kernel: str) -> Iterator[list[str]]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from memsafe.runtime import kernels
+    from memsafe.runtime import kernels, packing
 
     used: list[str] = []
     names = ("choose", "_varlen_features", "_varlen", "_memory_efficient")
+    grouped, lock = packing._grouped, threading.Lock()
     saved = {name: getattr(kernels, name) for name in names}
 
     def counting(name: str) -> Any:
@@ -56,12 +58,19 @@ def forced(kernel: str) -> Iterator[list[str]]:
             raise LookupError(f"torch {torch.__version__} has no varlen_attn")
     elif kernel != "default":
         raise LookupError(f"no kernel called {kernel}")
+
+    def only(*args: Any, **kwargs: Any) -> Any:
+        with lock, sdpa_kernel(backends[kernel]):  # the padded forward keeps its own choice: flash takes no mask
+            return grouped(*args, **kwargs)
+
     vars(kernels).update(changes)
+    if kernel in backends:
+        vars(packing)["_grouped"] = only
     try:
-        with sdpa_kernel(backends[kernel]) if kernel in backends else contextlib.nullcontext():
-            yield used
+        yield used
     finally:
         vars(kernels).update(saved)
+        vars(packing)["_grouped"] = grouped
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ none and HOLD more, another amount every 20 to 200 ms. Ends when stdin is closed
 
 from __future__ import annotations
 
+import contextlib
 import random
 import select
 import subprocess
@@ -41,8 +42,9 @@ class Neighbour:
 
     def release(self) -> None:
         if self._process is not None and self._process.stdin is not None and self._process.poll() is None:
-            self._process.stdin.write("release\n")
-            self._process.stdin.flush()
+            with contextlib.suppress(OSError):  # it may just have ended
+                self._process.stdin.write("release\n")
+                self._process.stdin.flush()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

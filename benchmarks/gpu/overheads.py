@@ -26,7 +26,7 @@ def run(setting: Setting) -> Iterator[Row]:
     """Readings and release policies in one process, then a process per allocator setting."""
     yield from isolated(setting, "overheads:readings")
     for conf in setting.pick(SETTINGS, SETTINGS[:1]):
-        env = {"PYTORCH_CUDA_ALLOC_CONF": conf, "PYTORCH_ALLOC_CONF": conf} if conf else None
+        env = {"PYTORCH_CUDA_ALLOC_CONF": conf, "PYTORCH_ALLOC_CONF": conf} if conf else {}
         yield from isolated(setting, "overheads:allocator", env, conf=conf)
 
 

@@ -56,7 +56,7 @@ def case(setting: Setting, trouble: str, expandable: str) -> Iterator[Row]:
     free_memory(setting)
     start = reserved(setting) or 0
     head: Row = {"what": trouble, "expandable_segments": expandable, "dtype": dtype}
-    embedder = Embedder(st, memory=MemoryPolicy(learn=False, release="run"))
+    embedder = Embedder(st, memory=MemoryPolicy(learn=False, release="run", reserve="128MiB"))
     cap = start + ROOM_BYTES
     head.update(cap_to(setting, cap + CONTEXT_BYTES))
     held: list[Any] = []

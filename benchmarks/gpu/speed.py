@@ -63,6 +63,7 @@ def case(setting: Setting, model: str, dtype: str, count: int) -> Iterator[Row]:
             yield {**head, "who": who, "outcome": run_it}
             continue
         rates: dict[str, float] = {}
+        attempt(setting, lambda f=run_it: f(search[:64], None), 1)  # type: ignore[misc]  # warms up
         for size in (None, *setting.pick(BATCH_SIZES, (4,))):
             if setting.left() < 60 and not setting.dry:
                 break
