@@ -103,6 +103,12 @@ def run_child(job: str, out: str) -> None:
             stream.flush()
 
 
+def some_rows_then_death(setting: Setting, count: int) -> Iterator[Row]:
+    """What a test asks of a child: `count` rows, then an end without ceremony."""
+    yield from ({"n": n} for n in range(count))
+    os._exit(7)
+
+
 # -- models ---------------------------------------------------------------------------------------------------------
 
 

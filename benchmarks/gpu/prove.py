@@ -66,17 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [name for name in chosen if name not in SECTIONS]
     if unknown:
         parser.error(f"no section {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "core"), os.environ.get("PYTHONPATH", "")])
-    with tempfile.TemporaryDirectory() as cache:  # nothing learnt earlier, nothing left behind
-        before = os.environ.get("MEMSAFE_CACHE_DIR")
-        os.environ["MEMSAFE_CACHE_DIR"] = cache
-        try:
+    before = dict(os.environ)
+    try:
+        with tempfile.TemporaryDirectory() as cache:  # nothing learnt earlier, nothing left behind
+            path = os.pathsep.join([str(ROOT), str(ROOT / "core"), os.environ.get("PYTHONPATH", "")])
+            os.environ.update(HF_HUB_OFFLINE="1", MEMSAFE_CACHE_DIR=cache, PYTHONPATH=path.rstrip(os.pathsep))
             return prove(given, chosen, out)
-        finally:
-            os.environ.pop("MEMSAFE_CACHE_DIR")
-            if before is not None:
-                os.environ["MEMSAFE_CACHE_DIR"] = before
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def prove(given: Any, chosen: list[str], out: Path) -> int:

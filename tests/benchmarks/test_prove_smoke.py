@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,24 @@ def test_texts_have_the_tokens_they_were_asked_for(tmp_path: Path, monkeypatch: 
         assert [len(ids) for ids in tokenizer(common.texts(counts, 5))["input_ids"]] == counts
         pair = tokenizer(common.texts([8], 6), common.texts([13], 7))["input_ids"]
         assert len(pair[0]) == 20 and tokenizer.model_max_length == 8192
+
+
+def test_without_a_card_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a machine without CUDA the proof ends with status 2 and the reason, and writes nothing."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a card")
+    assert prove.main(["--sections", "prediction", "--out", str(tmp_path / "out")]) == 2
+    assert "CUDA" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_a_process_that_dies_are_kept(tmp_path: Path) -> None:
+    """What a section's process has found is not lost with it, and its end is one more row."""
+    left = common.Setting(False, str(tmp_path), time.time() + 120, "cpu")
+    rows = list(common.isolated(left, "common:some_rows_then_death", count=3))
+    assert [row.get("n") for row in rows] == [0, 1, 2, None]
+    assert rows[-1]["outcome"] == "died with 7" and prove.kept_not(rows[-1])
+    over = common.Setting(False, str(tmp_path), time.time() - 1, "cpu")
+    assert next(iter(common.isolated(over, "common:describe")))["outcome"] == "not run: out of time"
