@@ -24,7 +24,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 def render(result: dict[str, Any]) -> str:
     """All sections of one result as a Markdown page."""
     lines = [f"# Benchmarks: {result['machine']['kind']}, {result['machine']['date'][:10]}", "", *_head(result), ""]
-    if result["mode"] != "full":
+    if result["mode"] == "quick":
         lines += ["A quick run: few texts, few rounds. Look at the full one for figures to rely on.", ""]
     for name, table in SECTIONS.items():
         if name in result["sections"]:

@@ -92,6 +92,7 @@ class _Entry:
     setting: dict[str, Any]
     name: str
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
     saved: Path | None = None
 
@@ -166,6 +167,7 @@ def compare(
                 arena.drop(entry.contender, str(reason))
                 continue
             entry.seconds.append(entry.last["seconds"][0])
+            entry.cpu_seconds.append(entry.last["cpu_seconds"][0])
             entry.saved = save or entry.saved
         done += 1
         print(f"  {task.name}: round {done}, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
@@ -223,6 +225,7 @@ def _row(
         "ours": entry.contender.ours,
         "environment": entry.contender.environment,
         "seconds": entry.seconds,
+        "cpu_seconds": entry.cpu_seconds,
         "tokens_per_s": stats.Spread.of([tokens / s for s in entry.seconds]).to_dict(),
         "roofline_fraction": stats.Spread.of(reached).to_dict(),
         "roofline_fraction_with_attention": stats.Spread.of(with_attention).to_dict(),

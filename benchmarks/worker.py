@@ -59,11 +59,12 @@ class Host:
         gc.collect()
         before_bytes = memory.resident_bytes()
         can_reset = memory.reset_peak()
-        seconds, checksums, rows = [], [], None
+        seconds, cpu_seconds, checksums, rows = [], [], [], None
         for _ in range(repeat):
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             result = self.peer.run(inputs, setting)
             seconds.append(time.perf_counter() - started)
+            cpu_seconds.append(time.process_time() - cpu_started)
             rows = np.asarray(result, dtype=np.float32)
             if len(rows) != len(inputs):
                 raise RuntimeError(f"{len(rows)} rows for {len(inputs)} inputs")
@@ -73,6 +74,7 @@ class Host:
             np.save(save, rows)
         return {
             "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             "checksums": checksums,
             "shape": [] if rows is None else list(rows.shape),
             "before_bytes": before_bytes,
