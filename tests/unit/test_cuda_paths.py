@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from memsafe import Embedder, MemoryPolicy
+from memsafe import Embedder, MemoryPolicy, ModelTooLargeError
 from memsafe.runtime import kernels, models, selfcheck
 from memsafe.runtime.executor import MOST_ROWS, Executor
 from memsafe.runtime.output import HostCopy
@@ -219,3 +219,25 @@ def test_a_self_check_is_kept_for_its_card(monkeypatch: pytest.MonkeyPatch, tmp_
     store("Tesla T4").save(check)
     assert store("Tesla T4").load() == check
     assert store("NVIDIA A100").load() is None
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_memory_that_runs_out_in_the_self_check(failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A neighbour's passing peak costs one more try; with lasting lack the caller gets our error, never torch's."""
+    original, calls = models.run_self_check, []
+
+    def check(st: Any) -> Any:
+        calls.append(st)
+        if len(calls) <= failures:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return original(st)
+
+    monkeypatch.setattr(models, "run_self_check", check)
+    folder = str(save_embedder(tmp_path))
+    if failures == 1:
+        with Embedder(folder, device="cpu", memory=MemoryPolicy(learn=False)) as embedder:
+            assert embedder.embed_documents(["a text"]).shape == (1, 32)
+    else:
+        with pytest.raises(ModelTooLargeError, match="free"):
+            Embedder(folder, device="cpu", memory=MemoryPolicy(learn=False))
+    assert len(calls) == 2

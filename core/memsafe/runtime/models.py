@@ -339,7 +339,7 @@ class LoadedModel:
         store = _CheckStore(self, policy)
         check = store.load()
         if check is None:
-            check = run_self_check(self.st)
+            check = self._run_self_check()
             store.save(check)
         if not check.packed_ok and not check.small_mask_ok:
             packing.uninstall(self.hf)
@@ -348,6 +348,18 @@ class LoadedModel:
         if check.packed_ok:
             self._packed_model = PackedModel(self.st)
         return check
+
+    def _run_self_check(self) -> SelfCheck:
+        """Once more after an out-of-memory error; a neighbour may have come. Raises :class:`ModelTooLargeError`."""
+        for _ in range(2):
+            try:
+                return run_self_check(self.st)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            self.device.release()  # outside the block above, whose traceback holds the failed tensors
+        packing.uninstall(self.hf)
+        raise weights.too_large(self.name, None, 0, self.device.snapshot().free_bytes, self.device.name)
 
 
 def final_rows_of(st: Any, features: Mapping[str, Any]) -> Tensor:
