@@ -154,7 +154,7 @@ def test_the_newest_full_result_is_chosen(tmp_path: Path) -> None:
 
 
 def test_losing_is_shown() -> None:
-    """A peer that is faster than ours is marked as such in the table."""
+    """A peer that is faster than ours is marked as such, in the full table and in README's."""
     spread = {"median": 0.8, "low": 0.7, "high": 0.9, "count": 3}
     one = {"median": 5.0, "low": 5.0, "high": 5.0, "count": 3}
     row = {"label": "peer", "setting": "default", "ours": False, "ratio": spread, "tokens_per_s": one}
@@ -165,6 +165,9 @@ def test_losing_is_shown() -> None:
         "linear_flop_per_token": 1.0, "attention_flop_per_token": 0.1,
     }  # fmt: skip
     assert "0.80 [0.70-0.90] (ours is slower)" in report.render(_result({"speed": {"tasks": [found]}}))
+    part = report.summary(_result({"speed": {"tasks": [found]}, "rerank": {"tasks": [found]}}), "results/x.md")
+    assert part.count("0.80 [0.70-0.90] (ours is slower)") == 2
+    assert "[results/x.md](results/x.md)" in part
 
 
 def test_every_section_has_a_table() -> None:
