@@ -36,6 +36,9 @@ ROUNDING_BYTES = 4096
 RESIDENT_FACTOR = 1.25
 """Resident over live bytes until it was observed; rounding to whole segments is covered by the policy's reserve."""
 RESIDENT_MARGIN = 0.02
+EXACT_BYTES = 16 << 20
+"""Resident beyond live bytes where freed tensors leave the process at once, until it was observed: threads, and the
+workspaces of kernels, that the first forward makes and keeps. 15 MB were seen."""
 
 _APART = 1.6
 """Sizes count as well apart from this factor on: a doubled micro-batch is seldom filled to the last token."""
@@ -138,6 +141,12 @@ class CostModel:
         """The knee: tokens per micro-batch beyond which throughput no longer grows; None until found."""
         self.lanes: int | None = None
         """How many micro-batches side by side were fastest; None until found."""
+        self.exact_heap = False
+        """Whether freed tensors leave the process at once, so that resident bytes follow live bytes. Not kept."""
+        self.unseen_share: float | None = None
+        """Resident slack, as a share of live bytes, of shapes more than twice as large as any whose resident peak was
+        seen; None: as observed of smaller ones. Not kept."""
+        self._exact_bytes = EXACT_BYTES
         self._observations: list[_Observation] = []
         self._rungs: list[int] = []
         self._worst = 0.0  # largest relative residual seen, slowly forgotten once its observation is replaced
@@ -146,6 +155,7 @@ class CostModel:
         self._c = (0.0, 0.0, 0.0, 0.0)
         self._covariance: list[float] = []
         self._slack = (RESIDENT_FACTOR - 1, 0.0)
+        self._largest_seen = 0.0
 
     # ---------------------------------------------------------------- asking
 
@@ -180,7 +190,11 @@ class CostModel:
         """Bytes by which the process may grow: :meth:`upper_bound` and the slack of heap or caching allocator."""
         self._refresh()
         upper = self._upper(shape)
+        if self.exact_heap:
+            return int(upper * (1 + RESIDENT_MARGIN)) + self._exact_bytes
         share, fixed = self._slack
+        if self.unseen_share is not None and upper > 2 * self._largest_seen:
+            share = max(share, self.unseen_share)
         return int(upper * (1 + share) + fixed) + 1
 
     def max_tokens_for(self, budget_bytes: int, mean_len: float, *, ceiling: int = 1 << 24) -> int:
@@ -201,7 +215,7 @@ class CostModel:
     def token_ceiling(self, budget_bytes: int) -> int:
         """No micro-batch with more tokens than this has a resident bound within the budget; quick, not tight."""
         self._refresh()
-        per_token = self._c[1] * (1 + LEAST_MARGIN) * (1 + self._slack[0])
+        per_token = self._c[1] * (1 + LEAST_MARGIN) * (1 + (RESIDENT_MARGIN if self.exact_heap else self._slack[0]))
         return int(budget_bytes / per_token) + 1 if per_token > 0 else 1 << 62
 
     def needs_probe(self, tokens: int) -> bool:
@@ -221,6 +235,10 @@ class CostModel:
         # Nothing seen to be allocated is no measurement; plain ints, since what callers measure with may be numpy's.
         live_bytes = int(live_bytes) if live_bytes and live_bytes > 0 else None
         resident_bytes = None if resident_bytes is None else max(int(resident_bytes), 0)
+        if self.exact_heap and resident_bytes is not None:
+            excess = resident_bytes - int(self._upper(shape) * (1 + RESIDENT_MARGIN))
+            self._exact_bytes = max(excess, int(self._exact_bytes * _FORGET), EXACT_BYTES // 4)
+            resident_bytes = None  # says nothing about the other heap
         if (live_bytes is None and resident_bytes is None) or shape.tokens < 1 or shape.sequences < 1:
             return
         shape = BatchShape(int(shape.tokens), int(shape.sequences), int(shape.squares), int(shape.longest))
@@ -289,6 +307,8 @@ class CostModel:
         if len(y):
             self._worst = max(self._worst, float(np.max(np.abs(residuals))))
         self._slack = self._fit_slack()
+        seen = [self._predict(o.shape) for o in self._observations if o.resident_bytes is not None]
+        self._largest_seen = max(seen, default=0.0)
 
     def _prior_density(self, x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Means and standard deviations of the coefficients before any observation, shape (4,) each."""

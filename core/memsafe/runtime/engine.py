@@ -59,7 +59,7 @@ class Engine:
         state = allocator.configure(policy.alloc_conf)
         self._notes = (state.note,) if state.note and state.status not in ("set", "off") else ()
         if policy.strict_heap:
-            allocator.strict_heap()
+            allocator.heap.wish()
         self._store = CostStore(os.path.join(cache_dir(), "costs")) if policy.learn else None
         self.spec = spec
         self.models: list[LoadedModel] = []
