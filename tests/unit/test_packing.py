@@ -91,6 +91,57 @@ def test_token_types_and_prompt_length_reach_the_model(tmp_path: Path) -> None:
     assert (without - wanted).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("kind", "pooling", "head"),
+    [
+        ("embedder", "cls", "first"),
+        ("embedder", "lasttoken", "last"),
+        ("embedder", "mean", "flat"),
+        ("embedder", "max", "flat"),
+        ("embedder", "weightedmean", "flat"),
+        ("reranker", None, "first"),
+    ],
+)
+def test_quick_heads_give_the_same_rows(tmp_path: Path, kind: str, pooling: str | None, head: str) -> None:
+    """Where a head looks at one token, or pooling knows where sequences start, one call behind the encoder is enough."""
+    options = {"pooling": pooling, "dense_dim": 7, "normalize": True} if kind == "embedder" else {"num_labels": 3}
+    model = build(tmp_path, "bert", kind, **options)
+    by_groups, quick = PackedModel(model), PackedModel(model, head)
+    packing.install(by_groups.hf_model)
+    ids = torch.cat(ids_of())
+    types = torch.arange(len(ids)) % 2
+    wanted = by_groups.forward(ids, LENGTHS, types)
+    torch.testing.assert_close(quick.forward(ids, LENGTHS, types), wanted, rtol=1e-5, atol=1e-6)
+    assert len(outer_calls(quick, ids, LENGTHS)) == 1
+    assert len(outer_calls(by_groups, ids, LENGTHS)) == len(set(LENGTHS))
+
+
+def outer_calls(packed_model: PackedModel, ids: Tensor, lengths: Any) -> list[Any]:
+    """How often a packed forward runs what stands behind the encoder."""
+    calls: list[Any] = []
+    handle = packed_model.model.register_forward_hook(lambda module, args, output: calls.append(output))
+    packed_model.forward(ids, lengths)
+    handle.remove()
+    return calls
+
+
+def test_a_prompt_outside_pooling_needs_whole_sequences(tmp_path: Path) -> None:
+    """With a prompt to leave out, the first token is not the one that cls pooling takes: the quick head steps back."""
+    model = build(tmp_path, "bert", "embedder", pooling="cls", include_prompt=False)
+    by_groups, quick = PackedModel(model), PackedModel(model, "first")
+    packing.install(by_groups.hf_model)
+    ids, lengths, features = torch.cat(ids_of((12, 9))), (12, 9), {"prompt_length": 4}
+    wanted = by_groups.forward(ids, lengths, None, features)
+    assert torch.equal(quick.forward(ids, lengths, None, features), wanted)
+    assert not torch.allclose(quick.forward(ids, lengths), wanted)
+
+
+def test_an_unknown_head_is_refused(tmp_path: Path) -> None:
+    """A head that does not exist is an error, not silence."""
+    with pytest.raises(ValueError, match="choose from"):
+        PackedModel(build(tmp_path, "bert", "embedder"), "middle")
+
+
 def test_threads_share_a_model(tmp_path: Path) -> None:
     """Forwards of several threads at once on one model do not meet, and a thread without a context runs plain sdpa."""
     model = build(tmp_path, "xlm_roberta", "embedder")

@@ -154,6 +154,25 @@ def test_a_wrong_small_mask_is_caught(tmp_path: Path, monkeypatch: pytest.Monkey
     assert check.packed_ok and not check.small_mask_ok
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "head"),
+    [
+        ("embedder", {"pooling": "mean"}, "flat"),
+        ("embedder", {"pooling": "cls"}, "first"),
+        ("embedder", {"pooling": "lasttoken"}, "last"),
+        ("embedder", {"architecture": "qwen3"}, "last"),
+        ("reranker", {}, "first"),
+        ("reranker", {"architecture": "qwen3"}, "last"),
+        ("reranker", {"architecture": "modernbert", "classifier_pooling": "mean"}, "groups"),
+    ],
+    ids=str,
+)
+def test_the_head_is_the_quickest_that_is_right(tmp_path: Path, kind: str, options: dict[str, Any], head: str) -> None:
+    """What stands behind the encoder is run on single tokens or on the flat row only where that gives the same rows."""
+    check = checked(load(tmp_path, kind=kind, **options))
+    assert check.packed_ok and check.head == head
+
+
 def test_an_error_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a packed forward raises becomes the reason for not packing; the plain path is not touched."""
     model = load(tmp_path)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
@@ -402,6 +403,14 @@ def position_offset(encoder: nn.Module) -> int:
 
 def position_ids(encoder: nn.Module, lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
     """int64, shape (1, tokens): each token's position in its own sequence, as `encoder` counts positions."""
-    offset = position_offset(encoder)
-    longest = torch.arange(offset, offset + max(lengths), device=device)
-    return torch.cat([longest[:length] for length in lengths])[None]
+    return positions(position_offset(encoder), lengths, device)
+
+
+def positions(first: int, lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """int64, shape (1, tokens): `first`, `first` + 1, ... of each sequence. Counted on the host, in one piece."""
+    counts = np.asarray(lengths, dtype=np.int64)
+    starts = np.cumsum(counts) - counts
+    row = torch.from_numpy(np.arange(first, first + int(counts.sum()), dtype=np.int64) - np.repeat(starts, counts))[
+        None
+    ]
+    return row if device is None or device.type == "cpu" else row.to(device, non_blocking=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from memsafe.runtime import fuse, packing
 from memsafe.runtime.device import is_out_of_memory
-from memsafe.runtime.stub import PackedModel
+from memsafe.runtime.stub import HEADS, PackedModel
 
 __all__ = ["SelfCheck", "run_self_check", "tolerance"]
 
@@ -27,7 +28,8 @@ class SelfCheck:
     """What a model may use.
 
     packed_ok: packed forwards. small_mask_ok: the small mask of padded ones. reason: why not packed. max_difference: of
-    packed rows and hidden states, relative to the norm of the plain ones. in_place_ok: `fuse.install`.
+    packed rows and hidden states, relative to the norm of the plain ones. in_place_ok: `fuse.install`. head: for
+    `PackedModel`, the first of `stub.HEADS` after "groups" that gives the same rows.
     """
 
     packed_ok: bool
@@ -36,6 +38,7 @@ class SelfCheck:
     max_difference: float = 0.0
     seconds: float = 0.0
     in_place_ok: bool = False
+    head: str = "groups"
 
 
 _LENGTHS = (90, 33, 33, 17, 5, 3, 2)
@@ -91,7 +94,8 @@ def run_self_check(model: nn.Module, *, seed: int = 0) -> SelfCheck:
         ):  # it was working in place that made the difference
             (packed_ok, difference, reason), small_mask_ok, in_place = careful, careful_small[0], False
     in_place = in_place and (packed_ok or small_mask_ok)
-    return SelfCheck(packed_ok, small_mask_ok, reason, difference, time.perf_counter() - began, in_place)
+    head = next((head for head in HEADS[1:] if packed_ok and _judge(partial(trial.head, head))[0]), "groups")
+    return SelfCheck(packed_ok, small_mask_ok, reason, difference, time.perf_counter() - began, in_place, head)
 
 
 def _judge(compare: Any) -> tuple[bool, float, str]:
@@ -128,6 +132,7 @@ class _Trial:
         self.pad_left = getattr(tokenizer, "padding_side", "right") == "left"
         self.token_types = "token_type_ids" in (getattr(tokenizer, "model_input_names", None) or ())
         self.ids = _random_ids(encoder, tokenizer, _lengths(encoder, tokenizer, self.device), seed)
+        self._output: Any = None
         self._plain: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def packed(self) -> tuple[float, float]:
@@ -138,9 +143,22 @@ class _Trial:
         with torch.inference_mode():
             output = self.model.hidden_states(row, lengths, types)
             rows = self.model.rows(output, row, lengths, types)
+            self._output = output
             hidden = output.last_hidden_state[0].split(lengths)
         got = list(zip(rows, hidden, strict=True))
         return _largest(got, [*self.plain(0, 2), *self.plain(2, len(self.ids))]), self.allowed
+
+    def head(self, head: str) -> tuple[float, float]:
+        """The same for rows alone, with what stands behind the encoder run in another way on the last packed output."""
+        if self._output is None:
+            raise NotImplementedError("nothing was packed")
+        lengths, row = [len(ids) for ids in self.ids], torch.cat(self.ids)
+        types = torch.zeros_like(row) if self.token_types else None
+        rows = PackedModel(self.model.model, head).rows(self._output, row, lengths, types)
+        wanted = [*self.plain(0, 2), *self.plain(2, len(self.ids))]
+        if rows.shape != (len(lengths), *wanted[0][0].shape):
+            raise NotImplementedError(f"the head {head!r} gives no row per sequence")
+        return _largest([(got, hidden) for got, (_, hidden) in zip(rows, wanted, strict=True)], wanted), self.allowed
 
     def small_mask(self) -> tuple[float, float]:
         """The same for padded sequences under the small mask; the short ones suffice."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -20,7 +20,15 @@ from transformers import PreTrainedModel
 
 from memsafe.runtime import packing
 
-__all__ = ["PackedModel", "final_rows", "find_hf_model"]
+__all__ = ["HEADS", "PackedModel", "final_rows", "find_hf_model"]
+
+HEADS = ("groups", "first", "last", "flat")
+"""How the modules behind the encoder see a packed row.
+
+groups: once per run of equal lengths, as rows without padding; right for everything.
+first, last: once, every sequence being its first or last token alone; for heads that look at no other.
+flat: once, on the row as it is; for pooling that knows where sequences start.
+"""
 
 
 def find_hf_model(model: nn.Module) -> PreTrainedModel:
@@ -64,9 +72,13 @@ class PackedModel:
 
     hf_model: the transformers model with its head; `packing.install` must have been called on it.
     encoder: the part of it that turns tokens into hidden states.
+    head: how what stands behind the encoder is run; one of :data:`HEADS`, all but the first only after a self-check.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, head: str = "groups") -> None:
+        if head not in HEADS:
+            raise ValueError(f"head: got {head!r}; choose from {HEADS}")
+        self.head = head
         self.model = model
         self.hf_model = find_hf_model(model)
         self.encoder: PreTrainedModel = self.hf_model.base_model
@@ -100,11 +112,7 @@ class PackedModel:
 
     def position_ids(self, lengths: Sequence[int], device: torch.device) -> Tensor:
         """int64, shape (1, tokens): see :func:`packing.position_ids`."""
-        first = self._position_offset
-        longest = torch.arange(first, first + max(lengths), device=device)
-        if lengths[0] == lengths[-1] and min(lengths) == max(lengths):
-            return longest.repeat(len(lengths))[None]
-        return torch.cat([longest[:length] for length in lengths])[None]
+        return packing.positions(self._position_offset, lengths, device)
 
     def hidden_states(self, input_ids: Tensor, lengths: Sequence[int], token_type_ids: Tensor | None = None) -> Any:
         """Run the encoder alone. input_ids, token_type_ids: int64, shape (tokens,). Returns its output for one row."""
@@ -147,7 +155,20 @@ class PackedModel:
         features: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """The second half of :meth:`forward`: everything behind the encoder, whose `output` for one row is given."""
+        head = self.head
+        one_length = lengths[0] == lengths[-1] and len(set(lengths)) == 1
+        if one_length or "prompt_length" in (features or {}) or getattr(output, "hidden_states", None) is not None:
+            head = "groups"  # nothing to gain, or more to look at than single tokens
         outer, stub = self._outer()
+        if head == "flat":
+            return self._flat_rows(outer, stub, output, input_ids, lengths, features)
+        if head != "groups":
+            ends = torch.tensor([0, *accumulate(lengths)])
+            tokens = (ends[:-1] if head == "first" else ends[1:] - 1).to(input_ids.device)
+            output = type(output)(last_hidden_state=output.last_hidden_state[:, tokens])
+            input_ids = input_ids[tokens]
+            token_type_ids = None if token_type_ids is None else token_type_ids[tokens]
+            lengths = [1] * len(lengths)
         rows, start = [], 0
         for length, run in groupby(lengths):
             count = sum(1 for _ in run)
@@ -160,6 +181,23 @@ class PackedModel:
             rows.append(self._run(outer, inputs))
             start = stop
         return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _flat_rows(
+        self,
+        outer: nn.Module,
+        stub: _Stub,
+        output: Any,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        features: Mapping[str, Any] | None,
+    ) -> Tensor:
+        """Rows by sentence-transformers' own pooling of a flat row, which it has for flash attention since 5.4."""
+        stub.answer = output
+        counts = torch.tensor(lengths)
+        inputs = {**(features or {}), "input_ids": input_ids[None], "attention_mask": torch.ones_like(input_ids[None])}
+        inputs["cu_seq_lens_q"] = torch.tensor([0, *accumulate(lengths)]).to(input_ids.device)
+        inputs["seq_idx"] = torch.repeat_interleave(torch.arange(len(lengths)), counts)[None].to(input_ids.device)
+        return self._run(outer, inputs)
 
     @torch.inference_mode()
     def plain(self, features: Mapping[str, Any]) -> Tensor:
