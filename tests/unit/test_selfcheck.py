@@ -169,7 +169,10 @@ def test_a_wrong_small_mask_is_caught(tmp_path: Path, monkeypatch: pytest.Monkey
 )
 def test_the_head_is_the_quickest_that_is_right(tmp_path: Path, kind: str, options: dict[str, Any], head: str) -> None:
     """What stands behind the encoder is run on single tokens or on the flat row only where that gives the same rows."""
-    check = checked(load(tmp_path, kind=kind, **options))
+    model = load(tmp_path, kind=kind, **options)
+    check = checked(model)
+    if head == "flat" and not hasattr(model[1], "_forward_flattened"):  # sentence-transformers before 5.4
+        head = "groups"
     assert check.packed_ok and check.head == head
 
 

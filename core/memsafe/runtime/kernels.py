@@ -1,8 +1,8 @@
-"""Variable-length attention kernels of CUDA devices, found by feature detection.
+"""Variable-length attention: kernels of CUDA devices, found by feature detection, and short sequences on a CPU.
 
-Each takes the packed row as it is, so that the number of launches does not grow with the number of sequences. Where
-none fits, packed attention runs per run of equal lengths instead. A wrong kernel cannot go unnoticed: a model's
-self-check compares it with plain attention before it is used.
+Each CUDA kernel takes the packed row as it is, so that the number of launches does not grow with the number of
+sequences. Where none fits, packed attention runs per run of equal lengths instead. A wrong kernel cannot go unnoticed:
+a model's self-check compares it with plain attention before it is used.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import isqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["choose", "cumulative"]
+__all__ = ["attend_short", "choose", "cumulative", "short_limit"]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 """(query, key, value: (1, heads, tokens, dim); starts: int32 (sequences + 1,); longest) -> (1, tokens, heads, dim)."""
@@ -156,3 +157,48 @@ def _memory_efficient(
     )
     result: Tensor = output[0]
     return result
+
+
+# -- short sequences on a CPU ---------------------------------------------------------------------------------------
+
+_SCORES_BYTES = 2 << 20
+"""Scores of one sequence, (heads, length, length) in float32, that stay in a core's cache: the second level has 1 or 2 MiB.
+
+At 12 heads this is 209 tokens. Measured against scaled_dot_product_attention, heads of 32 and 64, on one core and on
+two: 0.5 of its time at 40 and 60 tokens, 0.7 to 0.8 from 80 to 200, as much at 256.
+"""
+_SHORT_THREADS = 4  # more of them wait for each other longer than these small operations take
+
+
+def short_limit(query: Tensor) -> int:
+    """Sequences of up to so many tokens go to :func:`attend_short`; 0 for none. query: (1, heads, tokens, dim)."""
+    single = query.device.type == "cpu" and query.dtype is torch.float32 and not query.requires_grad
+    return isqrt(_SCORES_BYTES // (4 * query.shape[1])) if single and torch.get_num_threads() <= _SHORT_THREADS else 0
+
+
+def attend_short(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    groups: Sequence[tuple[int, int, int]],
+    scaling: float | None,
+) -> bool:
+    """Attention of short sequences by matrix products and one exponential, into `output`; False if that cannot be.
+
+    query, key, value: (heads, tokens, dim). A softmax needs no maximum where the exponentials neither overflow nor
+    vanish, and it spends half its time there. So they are summed first and looked at after: with every sum between
+    1e-30 and 1e30, no term that matters was lost to float32's range; otherwise the caller does it the careful way.
+    """
+    scale = query.shape[2] ** -0.5 if scaling is None else scaling
+    nothing = query.new_empty(())
+    totals = []
+    for start, count, length in groups:
+        for first in range(start, start + count * length, length):
+            last = first + length
+            scores = torch.baddbmm(nothing, query[:, first:last], key[:, first:last].mT, beta=0, alpha=scale).exp_()
+            total = scores.sum(-1, keepdim=True)
+            torch.div(torch.bmm(scores, value[:, first:last]), total, out=output[first:last].transpose(0, 1))
+            totals.append(total.view(-1))
+    low, high = torch.aminmax(torch.cat(totals))
+    return bool(low > 1e-30) and bool(high < 1e30)

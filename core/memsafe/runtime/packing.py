@@ -254,15 +254,12 @@ def _grouped(
     if key.shape[1] != heads:
         key, value = repeat_kv(key, heads // key.shape[1]), repeat_kv(value, heads // value.shape[1])
     output = query.new_empty((state.tokens, heads, value.shape[3]))
-    plain = query.device.type == "cpu" and query.dtype is torch.float32 and not query.requires_grad
-    plain = plain and not causal and window is None
-    # Many threads wait for each other longer than these small operations take.
-    limit = _SCORES_BYTES // (4 * heads) if plain and torch.get_num_threads() <= _SHORT_THREADS else 0
-    short = [group for group in state.groups if group[2] * group[2] <= limit]
-    if short and not _attend_short(query[0], key[0], value[0], output, short, scaling):
+    limit = kernels.short_limit(query) if not causal and window is None else 0
+    short = [group for group in state.groups if group[2] <= limit]
+    if short and not kernels.attend_short(query[0], key[0], value[0], output, short, scaling):
         short = []
     for start, count, length in state.groups:
-        if short and length * length <= limit:
+        if short and length <= limit:
             continue
         stop = start + count * length
         q, k, v = (
@@ -275,43 +272,6 @@ def _grouped(
         )
         output[start:stop].view(count, length, heads, value.shape[3]).copy_(attended.transpose(1, 2))
     return output[None]
-
-
-_SCORES_BYTES = 2 << 20
-"""Scores of one sequence, (heads, length, length) in float32, that stay in a core's cache: the second level has 1 or 2 MiB.
-
-At 12 heads this is 209 tokens. Measured against scaled_dot_product_attention, heads of 32 and 64, on one core and on
-two: 0.5 of its time at 40 and 60 tokens, 0.7 to 0.8 from 80 to 200, as much at 256.
-"""
-_SHORT_THREADS = 4
-
-
-def _attend_short(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    groups: Sequence[tuple[int, int, int]],
-    scaling: float | None,
-) -> bool:
-    """Attention of short sequences by matrix products and one exponential, into `output`; False if that cannot be.
-
-    query, key, value: (heads, tokens, dim). A softmax needs no maximum where the exponentials neither overflow nor
-    vanish, and it spends half its time there. So they are summed first and looked at after: with every sum between
-    1e-30 and 1e30, no term that matters was lost to float32's range; otherwise the caller does it the careful way.
-    """
-    scale = query.shape[2] ** -0.5 if scaling is None else scaling
-    nothing = query.new_empty(())
-    totals = []
-    for start, count, length in groups:
-        for first in range(start, start + count * length, length):
-            last = first + length
-            scores = torch.baddbmm(nothing, query[:, first:last], key[:, first:last].mT, beta=0, alpha=scale).exp_()
-            total = scores.sum(-1, keepdim=True)
-            torch.div(torch.bmm(scores, value[:, first:last]), total, out=output[first:last].transpose(0, 1))
-            totals.append(total.view(-1))
-    low, high = torch.aminmax(torch.cat(totals))
-    return bool(low > 1e-30) and bool(high < 1e30)
 
 
 def _band(state: Packed, length: int, window: int, causal: bool, device: torch.device) -> Tensor:
