@@ -96,3 +96,11 @@ class Watch:
     def wait_for(self, count: int) -> None:
         """Until `count` forwards have begun."""
         wait_until(lambda: len(self.batches) >= count, f"{count} forwards")
+
+
+def occupy(embedder: Any, watch: Watch) -> list[Future[Any]]:
+    """Hold the device with as many calls as it takes, so that whatever comes next waits in the queue together."""
+    watch.hold()
+    calls = [start(embedder.embed_queries, [f"keeps the device busy {i}"], max_rows=1) for i in range(5)]
+    wait_until(lambda: pending(embedder) == 2, "a busy device")  # two lanes, and one more for queries
+    return calls

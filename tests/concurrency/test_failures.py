@@ -15,20 +15,12 @@ from memsafe import ClosedError, InputError, InputTooLargeError, MemoryPolicy
 from memsafe.planning.batch import MicroBatch
 from memsafe.runtime.dispatcher import dispatcher_of
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder, SimulatedReranker
-from tests.concurrency.helpers import PATIENCE_S, Watch, pending, start, wait_until
+from tests.concurrency.helpers import PATIENCE_S, Watch, occupy, pending, start, wait_until
 from tests.concurrency.test_priorities import SMALL, texts
 
 
 class AcceleratorError(RuntimeError):
     """Named as torch's error for a device that is gone."""
-
-
-def _occupy(embedder: SimulatedEmbedder, watch: Watch) -> list:
-    """Hold the device with as many calls as it takes, so that whatever comes next waits in the queue together."""
-    watch.hold()
-    calls = [start(embedder.embed_queries, [f"keeps the device busy {i}"], max_rows=1) for i in range(5)]
-    wait_until(lambda: pending(embedder) == 2, "a busy device")  # two lanes, and one more for queries
-    return calls
 
 
 def _taking_part(batch: MicroBatch, count: int) -> bool:
@@ -119,7 +111,7 @@ def test_an_error_of_one_callers_inputs_reaches_it_alone(device: SimulatedDevice
     with SimulatedEmbedder(device, memory={"reserve": 0}) as embedder:
         embedder.simulated[0].fail_on("query: poison text", ValueError("the model chokes on this"))
         watch = Watch(embedder)
-        busy = _occupy(embedder, watch)
+        busy = occupy(embedder, watch)
         calls = [start(embedder.embed_queries, [text]) for text in ("one", "poison text", "three", "four")]
         wait_until(lambda: pending(embedder) == 6, "four queries waiting")
         watch.go()
@@ -163,7 +155,7 @@ def test_a_failing_progress_callback_fails_its_own_call(device: SimulatedDevice)
 
     with SimulatedEmbedder(device, memory={"reserve": 0}) as embedder:
         watch = Watch(embedder)
-        busy = _occupy(embedder, watch)
+        busy = occupy(embedder, watch)
         bad = start(embedder.embed_queries, ["with a bar"], progress=progress)
         good = start(embedder.embed_queries, ["without"])
         wait_until(lambda: pending(embedder) == 4, "both in the queue")

@@ -12,7 +12,7 @@ import pytest
 from memsafe import Embedder, Reranker
 from memsafe.config import MiB
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder, SimulatedReranker
-from tests.concurrency.helpers import PATIENCE_S, Watch, pending, start, wait_until
+from tests.concurrency.helpers import PATIENCE_S, Watch, occupy, pending, start, wait_until
 from tests.concurrency.test_priorities import texts
 
 
@@ -66,12 +66,12 @@ def test_concurrent_queries_share_micro_batches(device: SimulatedDevice) -> None
     with SimulatedEmbedder(device, memory={"reserve": 0}) as embedder:
         alone = embedder.embed_queries(texts(64))
         watch = Watch(embedder)
-        watch.hold()
+        occupy(embedder, watch)
         calls = [start(embedder.embed_queries, [text]) for text in texts(64)]
-        wait_until(lambda: pending(embedder) >= 61, "queries in the queue")  # three are in the lanes already
+        wait_until(lambda: pending(embedder) == 66, "queries in the queue")
         watch.go()
         assert all(np.array_equal(call.result(PATIENCE_S)[0], row) for call, row in zip(calls, alone, strict=True))
-        assert len(watch.batches) <= 12
+        assert len(watch.batches) <= 5 + 4
 
 
 def test_real_queries_share_micro_batches(minilm: str) -> None:

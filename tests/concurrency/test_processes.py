@@ -1,0 +1,186 @@
+"""Lanes, forks and exits: what a process may do around memsafe. Each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from memsafe.testing import SimulatedDevice, SimulatedEmbedder
+from tests.concurrency.helpers import PATIENCE_S, start, wait_until
+from tests.concurrency.test_priorities import SMALL, texts
+
+HELD = """
+import threading, time
+from memsafe.testing import SimulatedDevice, SimulatedEmbedder
+
+embedder = SimulatedEmbedder(SimulatedDevice("1GiB"), memory={"max_tokens": 32, "max_pending": 100, "wait_s": 30})
+texts = [f"text {i} of many" for i in range(100_000)]
+model = embedder.simulated[0]
+forward, begun = model.forward, threading.Event()
+
+def slow(*args, **options):
+    begun.set()
+    time.sleep(0.05)
+    return forward(*args, **options)
+
+model.forward = slow
+
+def background(texts):
+    try:
+        embedder.embed_documents(texts)
+    except Exception as error:
+        assert type(error).__name__ == "ClosedError", error
+"""
+
+
+def run(program: str, limit_s: float = 120) -> tuple[str, float]:
+    """Run `program`; returns its output and the seconds from its line ``leaving <time>`` to its end."""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=limit_s, cwd=Path(__file__).parents[2]
+    )
+    ended = time.time()
+    assert done.returncode == 0, done.stderr
+    assert "Fatal" not in done.stderr and "Traceback" not in done.stderr, done.stderr
+    left = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("leaving")]
+    return done.stdout, ended - left[0] if left else 0.0
+
+
+@pytest.mark.parametrize(
+    "unfinished",
+    [
+        "threading.Thread(target=background, args=(texts,), daemon=True).start(); begun.wait()",
+        "embedder.embed_documents(texts[:10])",
+        "model.device.take('900MiB'); threading.Thread(target=background, args=([texts[0] * 800],), "
+        "daemon=True).start(); time.sleep(0.5)",
+    ],
+    ids=["a call in a daemon thread", "no call", "a call that waits for memory"],
+)
+def test_the_interpreter_exits_promptly(unfinished: str) -> None:
+    """A process ends within seconds of its last statement, also while a background call is unfinished."""
+    _, seconds = run(HELD + unfinished + "\nprint('leaving', time.time(), flush=True)\n")
+    assert seconds < 5  # under a second on a quiet machine; without the end of waiting, 10 and more
+
+
+def test_calls_while_the_interpreter_exits_fail_rather_than_hang() -> None:
+    """A call from an exit handler that runs after ours gets ClosedError."""
+    early = "import atexit, time\nlate = []\natexit.register(lambda: late[0]())\n"
+    late = """
+def late_call():
+    try:
+        embedder.embed_queries(["too late"])
+    except Exception as error:
+        print(type(error).__name__, flush=True)
+
+late.append(late_call)
+embedder.embed_queries(["in time"])
+print("leaving", time.time(), flush=True)
+"""
+    output, seconds = run(early + HELD + late)
+    assert "ClosedError" in output
+    assert seconds < 5
+
+
+REAL = """
+import os, sys, threading
+import numpy as np
+from examples.models import minilm
+from memsafe import Embedder
+
+texts = [f"text number {i} " + "and more " * (i % 9) for i in range(30)]
+
+def check(rows):
+    assert np.abs(rows - expected).max() < 1e-5
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_has_a_worker_of_its_own() -> None:
+    """After os.fork, even in the middle of a call of the parent, the child embeds with its own worker, equal rows; the
+    parent's call goes on. So does a multiprocessing pool that forks."""
+    program = """
+embedder = Embedder(minilm(), device="cpu")
+expected = embedder.embed_documents(texts)
+busy = threading.Thread(target=lambda: check(embedder.embed_documents(texts * 4 + ["another"])[:30]))
+busy.start()
+pid = os.fork()
+if not pid:
+    code = 1
+    try:
+        check(embedder.embed_documents(texts))
+        check(np.concatenate([embedder.embed_queries([text]) for text in texts[:3]] + [expected[3:]]))
+        code = 0
+    finally:
+        os._exit(code)
+assert os.waitpid(pid, 0)[1] == 0
+busy.join()
+
+import multiprocessing
+
+def work(number):
+    check(embedder.embed_documents(texts))
+    return os.getpid()
+
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert os.getpid() not in pool.map(work, range(3))
+check(embedder.embed_documents(texts))
+print("done")
+"""
+    assert "done" in run(REAL + program, limit_s=150)[0]
+
+
+def test_spawned_workers(tmp_path: Path) -> None:
+    """A spawned process that loads the model itself gets equal rows."""
+    script = tmp_path / "spawning.py"
+    program = """
+def work(number):
+    with Embedder(minilm(), device="cpu") as embedder:
+        return embedder.embed_documents(texts)
+
+if __name__ == "__main__":
+    import multiprocessing
+
+    with Embedder(minilm(), device="cpu") as embedder:
+        expected = embedder.embed_documents(texts)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            check(pool.map(work, [0])[0])
+    print("done")
+"""
+    script.write_text(REAL + program)
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    assert done.returncode == 0 and "done" in done.stdout, done.stderr
+
+
+def test_after_a_fork_other_devices_say_so(device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked child that inherits a model on an accelerator gets an error that says what to do, not a crash."""
+    with SimulatedEmbedder(device) as embedder:
+        monkeypatch.setattr(embedder._engine, "_pid", -1)
+        with pytest.raises(RuntimeError, match=r"fork.*spawn"):
+            embedder.embed_queries(["in a child"])
+        monkeypatch.undo()
+
+
+def test_lanes_end_and_start_again(device: SimulatedDevice) -> None:
+    """Lanes end when they have been idle for a while; the next call starts new ones; their number stays bounded."""
+    before = threading.active_count()
+    with SimulatedEmbedder(device, memory=SMALL) as embedder:
+        for _ in range(3):
+            calls = [start(embedder.embed_documents, texts(20, word=f"c{i}x")) for i in range(8)]
+            most = 0
+            while not all(call.done() for call in calls):
+                most = max(most, sum(t.name.startswith("memsafe-") for t in threading.enumerate()))
+            assert all(call.result(PATIENCE_S).shape == (20, 8) for call in calls)
+            assert most <= 3
+            wait_until(lambda: threading.active_count() <= before, "idle lanes to end")
