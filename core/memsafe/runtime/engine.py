@@ -23,7 +23,7 @@ from memsafe.planning.store import CostStore
 from memsafe.runtime import allocator
 from memsafe.runtime.device import Device, open_device
 from memsafe.runtime.dispatcher import dispatcher_of
-from memsafe.runtime.executor import Executor
+from memsafe.runtime.executor import WORTH_RELEASING, Executor
 from memsafe.runtime.jobs import BULK, QUERY, Backlog, Job, QueueKey
 from memsafe.runtime.models import LoadedModel, ModelSpec, load
 from memsafe.runtime.output import Rows
@@ -36,6 +36,8 @@ _FIRST_CHUNK, _LARGEST_CHUNK = 64, 1024
 """Inputs tokenised at a time: few at first, so that computing starts at once, then more."""
 _CHUNK_CHARS = 1 << 18
 """Characters tokenised at a time, unless one input has more: a tokenizer takes about 100 bytes per token meanwhile."""
+_CREEP = 4 * WORTH_RELEASING
+"""Growth of a process that computes on a CPU, after which memory is given back though other calls are at work."""
 
 
 class Engine:
@@ -71,6 +73,7 @@ class Engine:
         opened = [each if isinstance(each, Device) else open_device(each) for each in devices]
         for position, device in enumerate(opened):
             self._load(spec, device, position)
+        self._settled_bytes = self.models[0].device.process_bytes()  # the process when memory was last given back
         self.backlog = Backlog()
         self.executors: list[Executor] = []
         self._attach()
@@ -214,10 +217,21 @@ class Engine:
         return job.report.build()
 
     def _release(self, job: Job) -> None:
-        if self.backlog.pending or self._closed:
-            return  # others are still at work and would only fetch it back
+        devices = [model.device for model in self.models]
+        if self._closed or not devices:
+            return
+        device = devices[0]
+        before = min(job.process_bytes_before, self._settled_bytes)
+        if self.backlog.pending:
+            # others are at work and would only fetch it back; but a CPU's heap creeps where calls never pause
+            if device.kind != "cpu" or device.process_bytes() < self._settled_bytes + _CREEP:
+                return
+            before = self._settled_bytes
+        grown = device.process_bytes() >= before + WORTH_RELEASING
         for executor in self.executors:
-            executor.release_after_run(job, job.process_bytes_before)
+            executor.release_after_run(job, before)
+        if grown:
+            self._settled_bytes = device.process_bytes()
 
     def _tell_truncated(self, job: Job, count: int) -> None:
         length = self.model.encoder.max_length or 0
