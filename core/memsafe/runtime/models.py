@@ -20,7 +20,7 @@ from memsafe.config import MemoryPolicy, cache_dir
 from memsafe.errors import ConfigError, MemsafeError, ModelError
 from memsafe.planning.batch import BatchShape, MicroBatch
 from memsafe.planning.cost import CostKey, CostPrior
-from memsafe.runtime import ladder, packing, sbert, weights
+from memsafe.runtime import fuse, ladder, packing, sbert, weights
 from memsafe.runtime.device import Device, is_out_of_memory, open_device
 from memsafe.runtime.selfcheck import SelfCheck, run_self_check
 from memsafe.runtime.stub import PackedModel
@@ -158,7 +158,7 @@ class LoadedModel:
             model=f"{self.kind}:{self.name}",
             revision=self._revision or f"{self.weights_bytes}:{self.hf.__class__.__name__}",
             dtype=self.dtype_name,
-            attention=f"{self.attention}:{self.check.small_mask_ok}",
+            attention=f"{self.attention}:{self.check.small_mask_ok}:{self.check.in_place_ok}",
             layout=chunks,
             device=f"{self.device.kind}:{self.device.total_bytes >> 30}:{self.device.num_cores}",
             torch_version=torch.__version__,
@@ -281,6 +281,8 @@ class LoadedModel:
         """Undo what was installed in the transformers model. The caller drops its references to free the memory."""
         if self._installed:
             packing.uninstall(self.hf)
+            if self.check.in_place_ok:
+                fuse.uninstall(self.hf)
         self._installed = False
         self._packed_model = self._host = None
 
@@ -345,8 +347,10 @@ class LoadedModel:
             packing.uninstall(self.hf)
         else:
             self._installed = True
+            if check.in_place_ok:
+                fuse.install(self.hf)
         if check.packed_ok:
-            self._packed_model = PackedModel(self.st)
+            self._packed_model = PackedModel(self.st, head=check.head)
         return check
 
     def _run_self_check(self) -> SelfCheck:
@@ -381,7 +385,7 @@ class _CheckStore:
         # Cards have kernels of their own; machines of a cluster share the cache directory.
         card = torch.cuda.get_device_name(model._torch_device) if model.device.kind == "cuda" else model.device.kind
         key = [model.kind, model.name, model._revision, str(model.dtype), card, torch.__version__]
-        key += [transformers.__version__, st_version, "1"]
+        key += [transformers.__version__, st_version, "2"]
         self._usable = bool(model._revision) and policy.learn
         self._file = os.path.join(
             cache_dir(), "checks", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32] + ".json"
