@@ -126,8 +126,11 @@ class Model:
     ) -> None:
         self.close()
 
-    def _run(self, values: Sequence[Any], options: Options) -> tuple[Any, RunReport]:
-        """Rows of `values` in their order (None if there are none) and the report."""
+    def _run(self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any]) -> tuple[Any, RunReport]:
+        """Rows of `values` in their order (None if there are none) and the report.
+
+        finish: what makes results of the model's rows; used for those of an error, which has some of them.
+        """
         distinct = inputs.Distinct(values)
         prompt = self._prompt(options)
         engine = self._engine
@@ -138,14 +141,16 @@ class Model:
                 engine.feed(job, distinct.values, prompt)
                 rows, report = engine.finish(job, num_texts=len(values))
             except InputTooLargeError as error:
-                _spread(error, distinct)
+                _spread(error, distinct, finish)
                 raise
             except BaseException:
                 job.cancel()
                 raise
         return distinct.spread(rows), report
 
-    async def _arun(self, values: Sequence[Any], options: Options) -> tuple[Any, RunReport]:
+    async def _arun(
+        self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any]
+    ) -> tuple[Any, RunReport]:
         distinct = inputs.Distinct(values)
         prompt = self._prompt(options)
         engine = self._engine
@@ -157,7 +162,7 @@ class Model:
                 await asyncio.wrap_future(job.future)
                 rows, report = await asyncio.to_thread(engine.finish, job, num_texts=len(values))
             except InputTooLargeError as error:
-                _spread(error, distinct)
+                _spread(error, distinct, finish)
                 raise
             except BaseException:
                 job.cancel()
@@ -193,9 +198,10 @@ def _close(engine: Engine) -> None:
         engine.close()
 
 
-def _spread(error: InputTooLargeError, distinct: inputs.Distinct) -> None:
+def _spread(error: InputTooLargeError, distinct: inputs.Distinct, finish: Callable[[Any], Any]) -> None:
     """Make the error of the distinct inputs one of all inputs of the call."""
-    error.partial = distinct.spread(error.partial)
+    if error.partial is not None:
+        error.partial = finish(distinct.spread(error.partial))
     error.failed = distinct.affected(error.failed)
 
 

@@ -104,7 +104,7 @@ class Embedder(Model):
         """
         call = self._call(options)
         texts = inputs.check_texts(texts)
-        rows, report = self._run(texts, call.options)
+        rows, report = self._run(texts, call.options, call.scaled)
         return call.finish(rows, report)
 
     # the same, without blocking an event loop; cancelling the task cancels the work
@@ -121,7 +121,7 @@ class Embedder(Model):
         """:meth:`run` for asyncio."""
         call = self._call(options)
         texts = inputs.check_texts(texts)
-        rows, report = await self._arun(texts, call.options)
+        rows, report = await self._arun(texts, call.options, call.scaled)
         return await asyncio.to_thread(call.finish, rows, report)
 
     @property
@@ -171,14 +171,19 @@ class _Call:
             rows = np.empty(
                 (0, width if self.truncate_dim is None else min(width, self.truncate_dim)), dtype=np.float32
             )
+        rows = self.scaled(rows)
+        if self.precision != "float32" and len(rows):
+            rows = _quantize(rows, self.precision)
+        return EmbeddingRun(np.ascontiguousarray(rows), report)
+
+    def scaled(self, rows: Array) -> Array:
+        """`rows` with the leading dimensions and the length that were asked for, float32."""
         if self.truncate_dim is not None:
             rows = rows[:, : self.truncate_dim]
         if self.normalize and len(rows):
             # as torch.nn.functional.normalize(rows, p=2, dim=1) does, which sentence-transformers uses: eps 1e-12
             rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-12))
-        if self.precision != "float32" and len(rows):
-            rows = _quantize(rows, self.precision)
-        return EmbeddingRun(np.ascontiguousarray(rows), report)
+        return rows
 
 
 def _quantize(rows: Array, precision: str) -> Array:

@@ -123,7 +123,7 @@ class Reranker(Model):
         prompt, prompt_name, urgent (goes before bulk work), max_rows, show_progress, progress; see :meth:`Embedder.run`.
         """
         call = self._call(options)
-        rows, report = self._run(inputs.check_pairs(pairs), call.options)
+        rows, report = self._run(inputs.check_pairs(pairs), call.options, call.scores)
         return call.finish(rows, report)
 
     async def ascore(self, query: str, documents: Sequence[str], **options: Any) -> Array:
@@ -145,7 +145,7 @@ class Reranker(Model):
     async def arun(self, pairs: Sequence[tuple[str, str]], **options: Any) -> RerankRun:
         """:meth:`run` for asyncio."""
         call = self._call(options)
-        rows, report = await self._arun(inputs.check_pairs(pairs), call.options)
+        rows, report = await self._arun(inputs.check_pairs(pairs), call.options, call.scores)
         return await asyncio.to_thread(call.finish, rows, report)
 
     def _check_single_label(self) -> None:
@@ -172,11 +172,16 @@ class _Call:
     apply_softmax: bool
 
     def finish(self, rows: Any, report: RunReport) -> RerankRun:
+        if rows is None:
+            labels = self.reranker.num_labels
+            return RerankRun(np.empty((0,) if labels == 1 else (0, labels), dtype=np.float32), report)
+        return RerankRun(self.scores(rows), report)
+
+    def scores(self, rows: Any) -> Array:
+        """Raw rows, shape (pairs, labels), as what was asked for."""
         import torch
 
         labels = self.reranker.num_labels
-        if rows is None:
-            return RerankRun(np.empty((0,) if labels == 1 else (0, labels), dtype=np.float32), report)
         activation_fn = self.activation_fn or self.reranker.model.activation_fn
         with torch.inference_mode():
             scores = activation_fn(torch.from_numpy(rows)) if activation_fn is not None else torch.from_numpy(rows)
@@ -184,7 +189,8 @@ class _Call:
                 scores = scores.squeeze(-1)
             if self.apply_softmax and scores.ndim > 1:
                 scores = torch.nn.functional.softmax(scores, dim=1)
-            return RerankRun(scores.float().numpy(), report)
+            finished: Array = scores.float().numpy()
+        return finished
 
 
 def _pair(query: Any, documents: Any) -> list[tuple[str, str]]:
