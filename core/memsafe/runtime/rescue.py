@@ -166,11 +166,13 @@ class Rescue:
 
     def checked(self, work: Work, site: Site) -> Work:
         """`work` with its bound, and refused if that is not free now, whatever earlier failures have capped."""
+        # The dispatcher's lock comes first, as in admission; asked for inside ours the two could wait for each other.
+        in_flight_bytes, snapshot = site.others()[1], self._device.snapshot()
         with self._lock:
             bound = self._cost.resident_bound(work.batch.shape)
             if work.rung is not None:
                 bound = self._model.rung_bound(work.rung, work.batch.shape, bound)
-            room = max(self._budget.headroom_bytes(self._device.snapshot(), site.others()[1]), 0)
+            room = max(self._budget.headroom_bytes(snapshot, in_flight_bytes), 0)
         return replace(work, bound_bytes=bound, budget_bytes=room, refused=bound > room)
 
     def _has_neighbours(self, snapshot: MemorySnapshot, need_bytes: int) -> bool:
