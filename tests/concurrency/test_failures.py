@@ -7,6 +7,7 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -60,6 +61,15 @@ def test_cancelling_a_task_frees_its_places(device: SimulatedDevice, how: str) -
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also where the shell started this process with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_the_waiting_thread_cancels_its_call(device: SimulatedDevice) -> None:
     """KeyboardInterrupt in the main thread ends its call, empties the queue, and the next call works."""
     with SimulatedEmbedder(device, memory=SMALL) as embedder:
