@@ -60,7 +60,6 @@ def test_cancelling_a_task_frees_its_places(device: SimulatedDevice, how: str) -
         assert device.snapshot().allocated_bytes == sum(model.weights_bytes for model in embedder.simulated)
 
 
-@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Ctrl-C raises KeyboardInterrupt, also where the shell started this process with the signal ignored."""
@@ -69,6 +68,7 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_the_waiting_thread_cancels_its_call(device: SimulatedDevice) -> None:
     """KeyboardInterrupt in the main thread ends its call, empties the queue, and the next call works."""
