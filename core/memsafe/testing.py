@@ -302,6 +302,9 @@ class SimulatedModel:
     def redo_in_float32(self, batch: MicroBatch, extras: Mapping[str, Any]) -> Rows:
         return self._rows(batch, np.float32)
 
+    def after_fork(self) -> None:
+        return
+
     def drop_host_copy(self) -> None:
         return
 

@@ -29,6 +29,9 @@ log = logging.getLogger("memsafe")
 IDLE_S = 5.0
 """A lane without work ends after this many seconds; starting one again costs well under a millisecond."""
 
+FORK_WAIT_S = 10.0
+"""How long a fork waits for micro-batches in flight at most."""
+
 _registry: dict[str, Dispatcher] = {}
 _registry_lock = threading.Lock()
 
@@ -54,6 +57,7 @@ class Dispatcher:
         self._lanes: set[threading.Thread] = set()
         self._waiting = 0
         self._closing = False
+        self._forking = False
         self._passed: dict[tuple[Executor, int], int] = {}  # grants to others while work of this priority waited
         self._last_done: float | None = None
         self._running: tuple[int, int | None] | None = None
@@ -88,6 +92,20 @@ class Dispatcher:
         for executor in executors:
             if executor.backlog.pending:
                 executor.backlog.end(_exiting)
+
+    def pause_for_fork(self) -> None:
+        """Let micro-batches in flight end and start none: a fork in the middle of a matrix product may copy its
+        library's locks as they are, held for ever in the child."""
+        with self._condition:
+            if threading.current_thread() not in self._lanes:
+                self._forking = True
+                self._condition.wait_for(lambda: all(ticket in self._paused for ticket in self._in_flight), FORK_WAIT_S)
+
+    def resume(self) -> None:
+        """The fork is over."""
+        with self._condition:
+            self._forking = False
+            self._condition.notify_all()
 
     @property
     def num_lanes(self) -> int:
@@ -185,6 +203,8 @@ class Dispatcher:
 
     def _grant(self) -> tuple[Executor, Ticket] | None:
         """The next micro-batch that may start now. Call with the condition held."""
+        if self._forking:
+            return None
         running = [ticket for ticket in self._in_flight if ticket not in self._paused]
         if self._alone or any(ticket.probe for ticket in running):
             return None  # it runs alone, to be measured, or because it failed beside others
@@ -319,6 +339,16 @@ def _close_all() -> None:
         dispatcher.close()
 
 
+def _before_fork() -> None:
+    for dispatcher in list(_registry.values()):
+        dispatcher.pause_for_fork()
+
+
+def _resume_after_fork() -> None:
+    for dispatcher in list(_registry.values()):
+        dispatcher.resume()
+
+
 def _after_fork() -> None:
     """A forked child has none of its parent's threads: its dispatchers start anew."""
     global _registry_lock
@@ -328,4 +358,4 @@ def _after_fork() -> None:
 
 atexit.register(_close_all)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_resume_after_fork, after_in_child=_after_fork)

@@ -268,6 +268,8 @@ class Engine:
                     )
             # a forked child has the weights but none of the threads, and locks in an unknown state
             self._pid = os.getpid()
+            for model in self.models:
+                model.after_fork()
             self.backlog, self.executors = Backlog(), []
             self._attach()
 

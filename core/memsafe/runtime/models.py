@@ -273,6 +273,11 @@ class LoadedModel:
         if need > free:
             raise MemoryError(f"{need:.0f} bytes of main memory for a forward in float32, {free} are free")
 
+    def after_fork(self) -> None:
+        """In a forked child: locks that other threads of the parent may have held are made anew."""
+        self._host_lock = threading.Lock()
+        self.encoder.after_fork()
+
     def drop_host_copy(self) -> None:
         with self._host_lock:
             self._host = None

@@ -75,6 +75,10 @@ class InputEncoder:
         self._cut_side = "right"
         self._choose(tokenizer)
 
+    def after_fork(self) -> None:
+        """See :meth:`memsafe.runtime.models.LoadedModel.after_fork`."""
+        self._lock = threading.Lock()
+
     def extras(self, prompt: str | None) -> dict[str, Any]:
         """Features beside the tokens that the model's preprocessing adds for `prompt` (modality, prompt_length)."""
         with self._lock:
