@@ -98,7 +98,7 @@ RERANK = (
 
 NOT_COMPARED = (
     ("text-embeddings-inference", "a server written in Rust: not installable as a Python package"),
-    ("vLLM", "its CPU build is not among the packages of the index; a server for GPUs first of all"),
+    ("vLLM", "a server, for GPUs first of all"),
     ("FlashAttention-2, xformers, Hub kernels", "need a CUDA device or a download at run time"),
     ("Haystack, txtai", "call SentenceTransformer.encode with a fixed batch size, which is in the table"),
     (
