@@ -66,7 +66,7 @@ def test_demo_reranker_ranks_better_than_chance(demo_reranker: str) -> None:
     from sentence_transformers import CrossEncoder
 
     model = CrossEncoder(demo_reranker, device="cpu", max_length=128)
-    passages = load_passages()[::16]
+    passages = load_passages()[::32]
     texts = {passage.name: passage.text for passage in passages}
     texts |= {passage.name: passage.text for passage in load_passages() if passage.name in QUESTIONS.values()}
     places = []
