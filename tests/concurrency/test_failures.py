@@ -82,6 +82,7 @@ def test_ctrl_c_in_the_waiting_thread_cancels_its_call(device: SimulatedDevice) 
 
         def interrupt() -> None:
             wait_until(lambda: pending(embedder) >= 290, "the call in the queue")
+            time.sleep(0.3)  # until it waits for its rows
             signal.pthread_kill(main, signal.SIGINT)
 
         interrupting = start(interrupt)

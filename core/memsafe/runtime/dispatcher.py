@@ -50,7 +50,9 @@ class Dispatcher:
     def __init__(self, device: Device) -> None:
         self.device = device
         self._executors: list[Executor] = []
-        self._condition = threading.Condition()
+        # `with` on the lock itself, never on the condition, whose __enter__ is Python code: a Ctrl-C inside it would leak the lock
+        self._lock = threading.RLock()
+        self._condition = threading.Condition(self._lock)
         self._in_flight: dict[Ticket, Executor] = {}
         self._paused: set[Ticket] = set()  # in flight, but waiting for memory: they hold none
         self._alone: set[Ticket] = set()  # nothing new starts beside them
@@ -63,14 +65,14 @@ class Dispatcher:
         self._running: tuple[int, int | None] | None = None
 
     def attach(self, executor: Executor) -> None:
-        with self._condition:
+        with self._lock:
             self._executors.append(executor)
             executor.backlog.executors.append(executor)
             executor.backlog.listeners.append(self.wake)
 
     def detach(self, executor: Executor) -> None:
         """Forget `executor` when its last micro-batch is done."""
-        with self._condition:
+        with self._lock:
             if executor in self._executors:
                 self._executors.remove(executor)
                 executor.backlog.executors.remove(executor)
@@ -83,7 +85,7 @@ class Dispatcher:
 
     def wake(self) -> None:
         """Work has come, or room."""
-        with self._condition:
+        with self._lock:
             closing = self._closing
             if not closing and not self._waiting:
                 self._start_lane()
@@ -96,14 +98,14 @@ class Dispatcher:
     def pause_for_fork(self) -> None:
         """Let micro-batches in flight end and start none: a fork in the middle of a matrix product may copy its
         library's locks as they are, held for ever in the child."""
-        with self._condition:
+        with self._lock:
             if threading.current_thread() not in self._lanes:
                 self._forking = True
                 self._condition.wait_for(lambda: all(ticket in self._paused for ticket in self._in_flight), FORK_WAIT_S)
 
     def resume(self) -> None:
         """The fork is over."""
-        with self._condition:
+        with self._lock:
             self._forking = False
             self._condition.notify_all()
 
@@ -113,7 +115,7 @@ class Dispatcher:
 
     def close(self) -> None:
         """End the lanes once their micro-batches are done; what waits, for work or for memory, fails, so this is prompt."""
-        with self._condition:
+        with self._lock:
             self._closing = True
             self._condition.notify_all()
             lanes = list(self._lanes)
@@ -164,14 +166,14 @@ class Dispatcher:
         except BaseException as error:  # a fault of ours, before a micro-batch was chosen
             self._report_death(error)
         finally:
-            with self._condition:
+            with self._lock:
                 self._lanes.discard(threading.current_thread())
                 if not self._closing and not self._waiting and any(e.backlog.pending for e in self._executors):
                     self._start_lane()  # work that came while this lane was on its way out
 
     def _report_death(self, error: BaseException) -> None:
         log.error("choosing a micro-batch ended in an unexpected error", exc_info=error)
-        with self._condition:
+        with self._lock:
             backlogs = {executor.backlog for executor in self._executors}
         for backlog in backlogs:
             for job in backlog.jobs():
@@ -181,7 +183,7 @@ class Dispatcher:
         return ClosedError(f"the worker of {self.device.name} failed: {type(error).__name__}: {error}")
 
     def _next(self) -> tuple[Executor, Ticket] | None:
-        with self._condition:
+        with self._lock:
             idle_since = time.monotonic()
             while not self._closing:
                 grant = self._grant()
@@ -263,7 +265,7 @@ class Dispatcher:
 
     def _done(self, ticket: Ticket) -> None:
         now = time.perf_counter()
-        with self._condition:
+        with self._lock:
             executor = self._in_flight.pop(ticket)
             self._paused.discard(ticket)
             self._alone.discard(ticket)
@@ -282,13 +284,13 @@ class _Site:
         self._ticket = ticket
 
     def others(self) -> tuple[int, int]:
-        with self._dispatcher._condition:
+        with self._dispatcher._lock:
             running = self._running()
             return len(running), sum(ticket.bound_bytes for ticket in running)
 
     def pause(self, paused: bool) -> None:
         owner, ticket = self._dispatcher, self._ticket
-        with owner._condition:
+        with owner._lock:
             if paused:
                 owner._paused.add(ticket)
                 owner._alone.discard(ticket)
@@ -300,7 +302,7 @@ class _Site:
 
     def clear(self, timeout_s: float) -> bool:
         owner, ticket = self._dispatcher, self._ticket
-        with owner._condition:
+        with owner._lock:
             owner._alone.add(ticket)
             owner._paused.add(ticket)  # of two that wait for each other, the first to look goes first
             try:

@@ -183,7 +183,7 @@ class Backlog:
         items = list(items)
         job.backlog = self  # before looking whether it is done: who ends it from now on takes its items out again
         while items and not job.done:
-            with self._room:
+            with self.lock:
                 if max_pending is not None:
                     while self.pending >= max_pending and not job.done and self._ended is None:
                         self._room.wait(0.1)
@@ -207,7 +207,7 @@ class Backlog:
 
     def end(self, error: Callable[[], BaseException]) -> None:
         """Nobody serves these queues any more: all that waits, and whatever comes later, fails with a new `error`."""
-        with self._room:
+        with self.lock:
             self._ended = self._ended or error
             self._room.notify_all()
         for job in self.jobs():
@@ -230,7 +230,7 @@ class Backlog:
         self._tell()
 
     def withdraw(self, job: Job) -> None:
-        with self._room:
+        with self.lock:
             self._reserved.pop(job, None)
             queue = self._queues.get(job.key)
             if queue is not None:

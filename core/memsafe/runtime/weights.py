@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass
@@ -17,6 +18,17 @@ __all__ = ["Checkpoint", "check_fits", "inspect"]
 # Bits of a safetensors dtype: https://github.com/huggingface/safetensors#format
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# What tokenizers, and processors of other than text, are saved as.
+_PREPROCESSING = (
+    "*token*",
+    "*vocab*",
+    "merges.txt",
+    "*.model",
+    "*.spm",
+    "*.bpe",
+    "*processor_config.json",
+    "*.tiktoken",
+)
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -142,6 +154,11 @@ def _read(folder: Path, backend: str) -> Checkpoint:
         raise ModelError(
             f"model: {folder} has a configuration but no weights (*.safetensors, *.bin); the copy is not complete"
         )
+    if found and config is not None and not any(any(place.glob(name)) for place in folders for name in _PREPROCESSING):
+        # transformers 5 would make up an empty tokenizer, to which every word is unknown
+        raise ModelError(
+            f"model: {folder} has weights but no tokenizer (tokenizer.json, ...); the copy is not complete"
+        )
     return Checkpoint(folder, _kind(folder, config, modules), elements, other_bytes)
 
 
@@ -183,14 +200,15 @@ def _header(file: Path) -> dict[str, int]:
             raise ModelError(f"{damaged} (header is not JSON)") from error
     elements: dict[str, int] = {}
     end = 0
-    for name, tensor in header.items():
-        if name == "__metadata__":
-            continue
-        count = 1
-        for extent in tensor["shape"]:
-            count *= extent
-        elements[tensor["dtype"]] = elements.get(tensor["dtype"], 0) + count
-        end = max(end, tensor["data_offsets"][1])
+    try:
+        for name, tensor in header.items():
+            if name == "__metadata__":
+                continue
+            count = math.prod(int(extent) for extent in tensor["shape"])
+            elements[tensor["dtype"]] = elements.get(tensor["dtype"], 0) + count
+            end = max(end, int(tensor["data_offsets"][1]))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{damaged} (header is not of safetensors)") from error
     if 8 + length + end > size:
         raise ModelError(f"{damaged} ({size:,} bytes of {8 + length + end:,})")
     return elements
