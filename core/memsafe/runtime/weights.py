@@ -20,7 +20,7 @@ _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # What tokenizers, and processors of other than text, are saved as.
 _PREPROCESSING = (
-    "*token*",
+    "tokenizer*",
     "*vocab*",
     "merges.txt",
     "*.model",
