@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from benchmarks import contenders, machine, report, texts
 from benchmarks.concurrency import concurrency
@@ -177,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         if name not in SECTIONS:
             parser.error(f"no section is called {name!r}; choose from {', '.join(SECTIONS)}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # for the workers
     folder = Path(tempfile.mkdtemp(prefix="memsafe-bench-"))
     suite = Suite(folder, quick=chosen.quick, only=chosen.only)
     result: Results = {"schema": 1, "mode": "quick" if chosen.quick else "full", "machine": machine.describe()}

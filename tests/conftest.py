@@ -5,9 +5,13 @@ Fixtures: ``minilm`` and ``demo_reranker`` (folders of real models), ``passages`
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
+import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +41,39 @@ def _cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+class _Watchdog:
+    """Ends the run if a test outlives its timeout by :attr:`grace_s`: pytest-timeout raises in the test, but what the
+    test then waits for in its cleanup (a worker process that hangs, say) has no limit."""
+
+    grace_s = 120.0
+
+    def __init__(self) -> None:
+        self.test, self.deadline = "", float("inf")
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(5)
+            if time.monotonic() > self.deadline:
+                faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+                print(f"{self.test} hangs, in its cleanup too: the run is ended", file=sys.__stderr__, flush=True)
+                os._exit(70)
+
+
+_watchdog = _Watchdog()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    marker = item.get_closest_marker("timeout")
+    limit_s = float(marker.args[0] if marker and marker.args else item.config.getini("timeout"))
+    _watchdog.test, _watchdog.deadline = item.nodeid, time.monotonic() + limit_s + _watchdog.grace_s
+    try:
+        return (yield)  # type: ignore[misc]
+    finally:
+        _watchdog.deadline = float("inf")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -79,7 +78,10 @@ class Model:
         chosen = ModelSpec(self._kind, inputs.model_name(model), _rename(options), **spec)
         self._engine: Engine = self._make_engine(chosen, names, policy, hooks)
         # The device's dispatcher knows the engine, so dropping this object would not free the model by itself.
-        weakref.finalize(self, _close, self._engine).atexit = False
+        from memsafe.runtime import reaper
+
+        reaper.start()
+        weakref.finalize(self, reaper.drop, self._engine).atexit = False
 
     def _make_engine(
         self, spec: Any, devices: Sequence[str | None], policy: MemoryPolicy, hooks: Sequence[EventHook]
@@ -188,14 +190,6 @@ class Model:
             return sbert.resolve_prompt(self.model, options.prompt, options.prompt_name, options.kind)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-
-
-def _close(engine: Engine) -> None:
-    """What garbage collection does, in whatever thread it happens to run: a lane must not wait for its own end."""
-    if threading.current_thread().name.startswith("memsafe-"):
-        threading.Thread(target=engine.close, daemon=True).start()
-    else:
-        engine.close()
 
 
 def _spread(error: InputTooLargeError, distinct: inputs.Distinct, finish: Callable[[Any], Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from memsafe.runtime import dispatcher
 from memsafe.testing import SimulatedDevice
-from tests.concurrency.helpers import wait_until
+from tests.concurrency.helpers import lanes, wait_until
 
 
 @pytest.fixture
@@ -24,6 +24,6 @@ def _no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
     def ours() -> list[str]:
-        return [t.name for t in threading.enumerate() if t.name.startswith(("memsafe-", "caller"))]
+        return lanes() + [thread.name for thread in threading.enumerate() if thread.name.startswith("caller")]
 
     wait_until(lambda: not ours(), "the end of every lane and caller")

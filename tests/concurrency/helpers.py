@@ -37,6 +37,12 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.002)
 
 
+def lanes() -> list[str]:
+    """Names of the threads that run micro-batches now; the one that closes what was dropped stays and is none."""
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith("memsafe-") and name != "memsafe-reaper"]
+
+
 def pending(model: Any) -> int:
     """Inputs of an Embedder or Reranker that wait."""
     return int(model._engine.backlog.pending)

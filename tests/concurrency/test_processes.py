@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder
-from tests.concurrency.helpers import PATIENCE_S, start, wait_until
+from tests.concurrency.helpers import PATIENCE_S, lanes, start, wait_until
 from tests.concurrency.test_priorities import SMALL, texts
 
 HELD = """
@@ -39,15 +41,27 @@ def background(texts):
 """
 
 
-def run(program: str, limit_s: float = 120) -> tuple[str, float]:
+def run(program: str, limit_s: float = 120, **env: str) -> tuple[str, float]:
     """Run `program`; returns its output and the seconds between its lines ``leaving <time>`` and ``left <time>``."""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=limit_s, cwd=Path(__file__).parents[2]
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Fatal" not in done.stderr and "Traceback" not in done.stderr, done.stderr
-    times = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("leaving", "left")))
-    return done.stdout, float(times["left"]) - float(times["leaving"]) if times else 0.0
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **env},
+        start_new_session=True,
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=limit_s)
+        except BaseException:
+            with suppress(ProcessLookupError):  # forked children too: they would keep the pipes open
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 0, stderr
+    assert "Fatal" not in stderr and "Traceback" not in stderr, stderr
+    times = dict(line.split() for line in stdout.splitlines() if line.startswith(("leaving", "left")))
+    return stdout, float(times["left"]) - float(times["leaving"]) if times else 0.0
 
 
 @pytest.mark.parametrize(
@@ -99,9 +113,10 @@ def check(rows):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_has_a_worker_of_its_own() -> None:
+@pytest.mark.parametrize("parallelism", ["true", "false"])
+def test_a_forked_child_has_a_worker_of_its_own(parallelism: str) -> None:
     """After os.fork, even in the middle of a call of the parent, the child embeds with its own worker, equal rows; the
-    parent's call goes on. So does a multiprocessing pool that forks."""
+    parent's call goes on. So does a multiprocessing pool that forks. Whatever tokenizers was told about its threads."""
     program = """
 embedder = Embedder(minilm(), device="cpu")
 expected = embedder.embed_documents(texts)
@@ -130,7 +145,7 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
 check(embedder.embed_documents(texts))
 print("done")
 """
-    assert "done" in run(REAL + program, limit_s=150)[0]
+    assert "done" in run(REAL + program, limit_s=60, TOKENIZERS_PARALLELISM=parallelism)[0]
 
 
 def test_spawned_workers(tmp_path: Path) -> None:
@@ -173,13 +188,13 @@ def test_after_a_fork_other_devices_say_so(device: SimulatedDevice, monkeypatch:
 
 def test_lanes_end_and_start_again(device: SimulatedDevice) -> None:
     """Lanes end when they have been idle for a while; the next call starts new ones; their number stays bounded."""
-    before = threading.active_count()
     with SimulatedEmbedder(device, memory=SMALL) as embedder:
+        before = threading.active_count()
         for _ in range(3):
             calls = [start(embedder.embed_documents, texts(20, word=f"c{i}x")) for i in range(8)]
             most = 0
             while not all(call.done() for call in calls):
-                most = max(most, sum(t.name.startswith("memsafe-") for t in threading.enumerate()))
+                most = max(most, len(lanes()))
             assert all(call.result(PATIENCE_S).shape == (20, 8) for call in calls)
             assert most <= 3
             wait_until(lambda: threading.active_count() <= before, "idle lanes to end")

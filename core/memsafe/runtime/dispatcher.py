@@ -89,7 +89,7 @@ class Dispatcher:
             closing = self._closing
             if not closing and not self._waiting:
                 self._start_lane()
-            self._condition.notify()
+            self._condition.notify_all()  # a single one might reach somebody who waits for something else
             executors = list(self._executors) if closing else []
         for executor in executors:
             if executor.backlog.pending:

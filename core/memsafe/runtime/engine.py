@@ -20,7 +20,7 @@ from memsafe.planning.batch import TokenizedInput
 from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostModel
 from memsafe.planning.store import CostStore
-from memsafe.runtime import allocator
+from memsafe.runtime import allocator, reaper
 from memsafe.runtime.device import Device, open_device
 from memsafe.runtime.dispatcher import dispatcher_of
 from memsafe.runtime.executor import WORTH_RELEASING, Executor
@@ -71,6 +71,7 @@ class Engine:
         self._lock = threading.Lock()
         self._hook_failed = False
         opened = [each if isinstance(each, Device) else open_device(each) for each in devices]
+        reaper.settle()  # what the caller has just dropped may be what the new model needs
         for position, device in enumerate(opened):
             self._load(spec, device, position)
         self._settled_bytes = self.models[0].device.process_bytes()  # the process when memory was last given back

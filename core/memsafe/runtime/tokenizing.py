@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -205,3 +206,14 @@ def _max_length(model: Any, tokenizer: Any) -> int | None:
 def _estimate(text: Any, max_length: int | None) -> int:
     chars = sum(len(part) for part in text) if isinstance(text, tuple) else len(str(text))
     return max(1, min(chars // 3 + 2, max_length or 10**9))
+
+
+def _after_fork() -> None:
+    """In a forked child: the threads that tokenizers would share its batches out to are the parent's, and it would wait
+    for them for ever. It sees to that itself, but not where this variable says that it may have threads."""
+    if "TOKENIZERS_PARALLELISM" in os.environ:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
