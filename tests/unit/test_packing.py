@@ -691,3 +691,17 @@ def test_long_sequences_keep_their_memory_linear(monkeypatch: pytest.MonkeyPatch
     assert seen.elements < 4 * 60 * 60
     wanted = reference(query, key, value, LENGTHS, causal=False, window=None, scale=None)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [3, 40, 300])
+def test_a_window_takes_memory_by_length_and_not_by_its_square(window: int, causal: bool) -> None:
+    """Sequences longer than a block of queries: equal to a mask over all pairs, which is never made."""
+    lengths = (1100, 700, 700, 301, 5)
+    query, key, value = tensors(tokens=sum(lengths))
+    with packing.packed(lengths) as state, Largest() as seen:
+        state.masks.add((window, causal))
+        got, _ = ATTEND(layer(is_causal=causal), query, key, value, None, sliding_window=window)
+    assert seen.elements < 1100 * 1100
+    wanted = reference(query, key, value, lengths, causal=causal, window=window, scale=None)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

@@ -82,7 +82,11 @@ def test_a_wrong_window_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """A sequence longer than any sliding window is among the trials: a band off by one fails, the right one passes."""
     model = load(tmp_path, "modernbert")
     real = packing._band
-    monkeypatch.setattr(packing, "_band", lambda state, length, w, *rest: real(state, length, w + window, *rest))
+
+    def wrong(state: Any, queries: int, keys: int, offset: int, right: int, *rest: Any) -> Tensor:
+        return real(state, queries, keys, offset, right + window, *rest)
+
+    monkeypatch.setattr(packing, "_band", wrong)
     assert checked(model).packed_ok == (window == 0)
 
 

@@ -178,6 +178,9 @@ class LoadedModel:
             vocab_logits=logits,
             small_mask=self.check.small_mask_ok,
         )
+        window = _first(self.config, ("sliding_window", "local_attention")) if self.packed else None
+        if isinstance(window, int):
+            prior = replace(prior, fixed_bytes=prior.fixed_bytes + packing.window_bytes(window, self.dtype.itemsize))
         if prior.per_square_bytes and self.attention == "eager":
             # Models with attention of their own add position biases: 1.3 times the plain scores in MPNet, 3 in DeBERTa-v2.
             prior = replace(prior, per_square_bytes=3 * prior.per_square_bytes)

@@ -28,9 +28,22 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 
 from memsafe.runtime import kernels
 
-__all__ = ["NAME", "Installation", "Packed", "Padded", "install", "packed", "padded", "position_ids", "uninstall"]
+__all__ = [
+    "NAME",
+    "Installation",
+    "Packed",
+    "Padded",
+    "install",
+    "packed",
+    "padded",
+    "position_ids",
+    "uninstall",
+    "window_bytes",
+]
 
 NAME = "memsafe"
+WINDOW_BLOCK = 256
+"""Queries at a time under a sliding window (ModernBERT's reaches 64 tokens to each side): large enough for the kernel."""
 _sdpa_mask: Callable[..., Tensor | None] = AttentionMaskInterface()["sdpa"]
 _bidirectional = getattr(masking_utils, "bidirectional_mask_function", None)  # transformers 5
 
@@ -49,7 +62,7 @@ class Packed:
     tokens: int
     longest: int
     masks: set[tuple[int | None, bool]] = field(default_factory=set)
-    bands: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict)
+    bands: dict[tuple[int, int, int, int, bool], Tensor] = field(default_factory=dict)
     cumulative: Tensor | None = None
     """int32, shape (sequences + 1,), on the accelerator: where each sequence starts; None on a CPU."""
 
@@ -266,22 +279,57 @@ def _grouped(
             tensor[0, :, start:stop].view(tensor.shape[1], count, length, tensor.shape[3]).transpose(0, 1)
             for tensor in (query, key, value)
         )
-        band = _band(state, length, window, causal, query.device) if window is not None and length > window else None
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=band, is_causal=causal and band is None, scale=scaling
-        )
-        output[start:stop].view(count, length, heads, value.shape[3]).copy_(attended.transpose(1, 2))
+        out = output[start:stop].view(count, length, heads, value.shape[3]).transpose(1, 2)
+        if window is not None and length > window:
+            _windowed(q, k, v, out, state, causal, window, scaling)
+        else:
+            out.copy_(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling))
     return output[None]
 
 
-def _band(state: Packed, length: int, window: int, causal: bool, device: torch.device) -> Tensor:
-    """bool, shape (length, length): True where the key is nearer than `window` and, if causal, not later."""
-    found = state.bands.get((length, window, causal))
+def _windowed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    state: Packed,
+    causal: bool,
+    window: int,
+    scaling: float | None,
+) -> None:
+    """Attention within a window, block of queries by block, over the keys that one of them sees: memory and time grow
+    with the length, not with its square. All of shape (sequences, heads, length, dim)."""
+    length = query.shape[2]
+    step = max(window, WINDOW_BLOCK)
+    for start in range(0, length, step):
+        stop = min(start + step, length)
+        first = max(start - window + 1, 0)
+        last = stop if causal else min(stop + window - 1, length)
+        band = _band(state, stop - start, last - first, start - first, window, causal, query.device)
+        keys = slice(first, last)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, start:stop], key[:, :, keys], value[:, :, keys], attn_mask=band, scale=scaling
+        )
+        out[:, :, start:stop].copy_(attended)
+
+
+def window_bytes(window: int, bytes_per_element: int) -> int:
+    """What the masks of a forward with this window take at most: three kept, one in the making or as sdpa copies it."""
+    step = max(window, WINDOW_BLOCK)
+    return step * (step + 2 * window) * (3 + max(4 + 4, bytes_per_element))
+
+
+def _band(
+    state: Packed, queries: int, keys: int, offset: int, window: int, causal: bool, device: torch.device
+) -> Tensor:
+    """bool, shape (queries, keys), of which the first query stands at key `offset`: True where the key is nearer than
+    `window` and, if causal, not later."""
+    found = state.bands.get((queries, keys, offset, window, causal))
     if found is None:
-        place = torch.arange(length, device=device)
-        distance = place[:, None] - place[None, :]
+        place = torch.arange(offset, offset + queries, dtype=torch.int32, device=device)
+        distance = place[:, None] - torch.arange(keys, dtype=torch.int32, device=device)[None, :]
         found = (distance < window) & (distance >= 0) if causal else distance.abs() < window
-        state.bands[length, window, causal] = found
+        state.bands[queries, keys, offset, window, causal] = found
     return found
 
 
