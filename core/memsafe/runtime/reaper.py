@@ -6,6 +6,7 @@ it holds; closing takes locks and waits. So a finalizer only passes its engine o
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import threading
@@ -21,7 +22,7 @@ class _Closable(Protocol):
     def close(self) -> None: ...
 
 
-_dropped: SimpleQueue[_Closable | threading.Event] = SimpleQueue()
+_dropped: SimpleQueue[_Closable | threading.Event | None] = SimpleQueue()
 _thread: threading.Thread | None = None
 _lock = threading.Lock()
 
@@ -49,13 +50,19 @@ def settle(timeout_s: float = 10.0) -> bool:
 
 
 def _close_dropped() -> None:
-    while True:
-        each = _dropped.get()
+    while (each := _dropped.get()) is not None:
         try:
             each.set() if isinstance(each, threading.Event) else each.close()
         except Exception:  # a fault of ours must not keep the memory of all that comes later
             log.exception("an embedder or reranker that was dropped could not be closed")
         del each  # or it would live until the next one comes
+
+
+def _stop() -> None:
+    """At exit, finish what was dropped: a thread that is in torch's code when the interpreter goes aborts the process."""
+    if _thread is not None:
+        _dropped.put(None)
+        _thread.join(timeout=10)
 
 
 def _after_fork() -> None:
@@ -64,5 +71,6 @@ def _after_fork() -> None:
     _dropped, _thread, _lock = SimpleQueue(), None, threading.Lock()
 
 
+atexit.register(_stop)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
