@@ -20,7 +20,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,18 @@ def resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Warnings of the load's own bad inputs are not shown."""
+    log = logging.getLogger("memsafe")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def measure(seconds: float, threads: int, seed: int, num_texts: int = 60) -> dict[str, Any]:
     """Run the traffic; returns what was seen. ``ok`` says whether all of it is as it should be."""
     from examples.models import demo_reranker, minilm
@@ -157,8 +170,7 @@ def measure(seconds: float, threads: int, seed: int, num_texts: int = 60) -> dic
 
     policy = MemoryPolicy(max_pending=500)
     texts = [passage.text[:400] for passage in load_passages()[:num_texts]]
-    logging.getLogger("memsafe").setLevel(logging.ERROR)
-    with Embedder(minilm(), memory=policy) as embedder, Reranker(demo_reranker(), memory=policy) as reranker:
+    with _quiet(), Embedder(minilm(), memory=policy) as embedder, Reranker(demo_reranker(), memory=policy) as reranker:
         threads_before = threading.active_count()  # bars shown while loading may have left one that watches them
         warm = Load(embedder, reranker, texts, min(seconds / 5, 30))
         _traffic(warm, threads, seed)

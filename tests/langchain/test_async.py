@@ -123,7 +123,7 @@ async def test_no_default_executor_of_langchain(
     await reranker.arerank(["a"], QUERY)
     await cross_encoder.ascore([("a", "b")])
     assert [call["method"] for call in core_calls] == ["arun", "arun", "ascore", "ascore_pairs"]
-    assert [call["kind"] for call in core_calls] == [None, "query", "query", "query"]
+    assert [call.get("urgent") for call in core_calls] == [None, True, True, True]
 
 
 async def test_errors_arrive(ours: MemsafeEmbeddings, reranker: MemsafeRerank) -> None:

@@ -34,10 +34,11 @@ def test_one_call_with_the_whole_list(ours: MemsafeEmbeddings, texts: list[str],
     """The core sees the whole list in one call: nothing is cut into batches before the planner."""
     ours.embed_documents(texts)
     ours.embed_query("a")
-    assert [(call["method"], call["inputs"], call["kind"]) for call in core_calls] == [
+    assert [(call["method"], call["inputs"], call.get("urgent")) for call in core_calls] == [
         ("run", len(texts), None),
-        ("run", 1, "query"),
+        ("run", 1, True),
     ]
+    assert [call["kind"] for call in core_calls] == [None, None]  # as upstream: no prompts saved in the model
 
 
 def test_order_and_twins(ours: MemsafeEmbeddings, texts: list[str]) -> None:
