@@ -47,7 +47,8 @@ def neighbour() -> dict[str, Any]:
                 wait_for(answer)
                 marks.append(len(budgets))
 
-    with Embedder(str(folder / "embedder"), device="cpu", memory=MemoryPolicy(learn=False), hooks=[hook]) as embedder:
+    policy = MemoryPolicy(learn=False, max_tokens=1024)  # enough micro-batches to see each third
+    with Embedder(str(folder / "embedder"), device="cpu", memory=policy, hooks=[hook]) as embedder:
         run = embedder.run(texts, progress=progress)
     np.save(files / "rows.npy", run.embeddings)
     return {"budgets": budgets, "marks": marks, "report": run.report.to_dict()}

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
 JOB = Path(__file__).with_name("program_job.py")
 PAIR = Path(__file__).with_name("program_pair.py")
+NEIGHBOUR = Path(__file__).with_name("program_neighbour.py")
 
 CONTAINER_BYTES = 800 * MiB
 """Python with torch and sentence-transformers takes about 450 MiB of it, the weights 40; 32 padded texts of 8,192 tokens
@@ -86,6 +87,24 @@ def test_a_job_that_kills_cross_encoder_finishes_with_equal_scores(
     assert results["memsafe.Reranker"]["outcome"] == "finished", results
     assert np.abs(np.load(rows) - np.load(long_context / "pairs.npy")).max() < 1e-5
     assert results["CrossEncoder.predict"]["outcome"] in ("killed by the kernel", "raised")
+
+
+def test_a_neighbour_takes_memory_in_the_middle_and_gives_it_back(
+    long_context: Path, tmp_path: Path, record: Record
+) -> None:
+    """Another process in the same container takes 220 MiB when a third is done: the next budgets shrink by about that,
+    grow again when it has left, and nothing is killed or lost."""
+    with limited(CONTAINER_BYTES) as box:
+        beside = box.start(NEIGHBOUR, str(220 * MiB), str(tmp_path), env=ENV)
+        done = box.run(PAIR, "neighbour", str(long_context), str(tmp_path), env=ENV).check()
+        assert beside.wait(timeout=20) == 0
+    told = json.loads(done.stdout.splitlines()[-1])
+    budgets, (taken, given) = told["budgets"], told["marks"]
+    record("a neighbour of 220 MiB", {"container_bytes": CONTAINER_BYTES, "peak": done.peak_bytes, **told})
+    before, during, after = budgets[:taken], budgets[taken + 2 : given], budgets[given + 2 :]
+    assert max(during) < max(before) - 150 * MiB
+    assert max(after) > max(during) + 150 * MiB
+    assert np.abs(np.load(tmp_path / "rows.npy") - np.load(long_context / "many.npy")).max() < 1e-5
 
 
 def test_embedder_and_reranker_share_one_limit(long_context: Path, tmp_path: Path) -> None:
