@@ -235,6 +235,7 @@ class SimulatedModel:
         self.dim = dimension
         self.packed = packed
         self.pad_multiple = 1
+        self.workspace_bytes = 0
         self.path = "packed" if packed else "padded (simulated)"
         self.dtype_name = dtype
         self.weights_bytes = weights_bytes

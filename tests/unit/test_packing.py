@@ -682,7 +682,7 @@ def test_one_row_far_below_the_others_is_not_lost(monkeypatch: pytest.MonkeyPatc
 
 def test_long_sequences_keep_their_memory_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only sequences whose scores fit into a core's cache go the quick way; the others never hold their scores."""
-    monkeypatch.setattr(kernels, "_SCORES_BYTES", 4 * 4 * 33 * 33)
+    monkeypatch.setattr(kernels, "SHORT_SCORES_BYTES", 4 * 4 * 33 * 33)
     query, key, value = tensors()
     calls = counting(monkeypatch)
     with packing.packed(LENGTHS), Largest() as seen:

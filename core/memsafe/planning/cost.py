@@ -143,9 +143,11 @@ class CostModel:
         """How many micro-batches side by side were fastest; None until found."""
         self.exact_heap = False
         """Whether freed tensors leave the process at once, so that resident bytes follow live bytes. Not kept."""
-        self.unseen_share: float | None = None
-        """Resident slack, as a share of live bytes, of shapes more than twice as large as any whose resident peak was
-        seen; None: as observed of smaller ones. Not kept."""
+        self.least_share = 0.0
+        """Resident slack, as a share of live bytes, that is expected at least where the heap is not exact: measurements
+        see little of it while the heap still has room from before. Not kept."""
+        self.workspace_bytes = 0
+        """What a kernel may hold at its own peak beside all that grows with tokens. Not kept."""
         self._exact_bytes = EXACT_BYTES
         self._observations: list[_Observation] = []
         self._rungs: list[int] = []
@@ -155,7 +157,6 @@ class CostModel:
         self._c = (0.0, 0.0, 0.0, 0.0)
         self._covariance: list[float] = []
         self._slack = (RESIDENT_FACTOR - 1, 0.0)
-        self._largest_seen = 0.0
 
     # ---------------------------------------------------------------- asking
 
@@ -193,9 +194,7 @@ class CostModel:
         if self.exact_heap:
             return int(upper * (1 + RESIDENT_MARGIN)) + self._exact_bytes
         share, fixed = self._slack
-        if self.unseen_share is not None and upper > 2 * self._largest_seen:
-            share = max(share, self.unseen_share)
-        return int(upper * (1 + share) + fixed) + 1
+        return int(upper * (1 + max(share, self.least_share)) + fixed) + 1
 
     def max_tokens_for(self, budget_bytes: int, mean_len: float, *, ceiling: int = 1 << 24) -> int:
         """The most tokens, in sequences of `mean_len` tokens, whose resident bound is within the budget; 0 if none."""
@@ -215,7 +214,8 @@ class CostModel:
     def token_ceiling(self, budget_bytes: int) -> int:
         """No micro-batch with more tokens than this has a resident bound within the budget; quick, not tight."""
         self._refresh()
-        per_token = self._c[1] * (1 + LEAST_MARGIN) * (1 + (RESIDENT_MARGIN if self.exact_heap else self._slack[0]))
+        slack = RESIDENT_MARGIN if self.exact_heap else max(self._slack[0], self.least_share)
+        per_token = self._c[1] * (1 + LEAST_MARGIN) * (1 + slack)
         return int(budget_bytes / per_token) + 1 if per_token > 0 else 1 << 62
 
     def needs_probe(self, tokens: int) -> bool:
@@ -288,7 +288,7 @@ class CostModel:
         variance = v00 + t * (v01 + v11 * t) + n * (v02 + v12 * t + v22 * n) + q * (v03 + v13 * t + v23 * n + v33 * q)
         # Two standard deviations of what the observations leave open; large for shapes unlike any observed.
         doubt = min(2 * math.sqrt(max(variance, 0.0)), UNCALIBRATED_MARGIN * predicted)
-        return predicted * (1 + max(self._worst, LEAST_MARGIN)) + doubt + ROUNDING_BYTES
+        return predicted * (1 + max(self._worst, LEAST_MARGIN)) + doubt + ROUNDING_BYTES + self.workspace_bytes
 
     def _refresh(self) -> None:
         if not self._stale:
@@ -307,8 +307,6 @@ class CostModel:
         if len(y):
             self._worst = max(self._worst, float(np.max(np.abs(residuals))))
         self._slack = self._fit_slack()
-        seen = [self._predict(o.shape) for o in self._observations if o.resident_bytes is not None]
-        self._largest_seen = max(seen, default=0.0)
 
     def _prior_density(self, x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Means and standard deviations of the coefficients before any observation, shape (4,) each."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["attend_short", "choose", "cumulative", "short_limit"]
+__all__ = ["SHORT_SCORES_BYTES", "attend_short", "choose", "cumulative", "short_limit"]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 """(query, key, value: (1, heads, tokens, dim); starts: int32 (sequences + 1,); longest) -> (1, tokens, heads, dim)."""
@@ -161,7 +161,7 @@ def _memory_efficient(
 
 # -- short sequences on a CPU ---------------------------------------------------------------------------------------
 
-_SCORES_BYTES = 2 << 20
+SHORT_SCORES_BYTES = 2 << 20
 """Scores of one sequence, (heads, length, length) in float32, that stay in a core's cache: the second level has 1 or 2 MiB.
 
 At 12 heads this is 209 tokens. Measured against scaled_dot_product_attention, heads of 32 and 64, on one core and on
@@ -173,7 +173,9 @@ _SHORT_THREADS = 4  # more of them wait for each other longer than these small o
 def short_limit(query: Tensor) -> int:
     """Sequences of up to so many tokens go to :func:`attend_short`; 0 for none. query: (1, heads, tokens, dim)."""
     single = query.device.type == "cpu" and query.dtype is torch.float32 and not query.requires_grad
-    return isqrt(_SCORES_BYTES // (4 * query.shape[1])) if single and torch.get_num_threads() <= _SHORT_THREADS else 0
+    return (
+        isqrt(SHORT_SCORES_BYTES // (4 * query.shape[1])) if single and torch.get_num_threads() <= _SHORT_THREADS else 0
+    )
 
 
 def attend_short(

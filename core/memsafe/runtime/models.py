@@ -20,7 +20,7 @@ from memsafe.config import MemoryPolicy, cache_dir
 from memsafe.errors import ConfigError, MemsafeError, ModelError
 from memsafe.planning.batch import BatchShape, MicroBatch
 from memsafe.planning.cost import CostKey, CostPrior
-from memsafe.runtime import fuse, ladder, packing, sbert, weights
+from memsafe.runtime import fuse, kernels, ladder, packing, sbert, weights
 from memsafe.runtime.device import Device, is_out_of_memory, open_device
 from memsafe.runtime.selfcheck import SelfCheck, run_self_check
 from memsafe.runtime.stub import PackedModel
@@ -185,6 +185,12 @@ class LoadedModel:
             # Models with attention of their own add position biases: 1.3 times the plain scores in MPNet, 3 in DeBERTa-v2.
             prior = replace(prior, per_square_bytes=3 * prior.per_square_bytes)
         return prior
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What a kernel may hold at its own peak beside all that grows with tokens: the scores of one short sequence,
+        which show where a micro-batch is so small that its feed-forward layers need less."""
+        return kernels.SHORT_SCORES_BYTES if self.packed and self.device.kind == "cpu" else 0
 
     def rung_bound(self, rung: str, shape: BatchShape, bound_bytes: int) -> int:
         """The most that a rung takes on this device for `shape`, whose plain forward takes `bound_bytes` at most.
