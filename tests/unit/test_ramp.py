@@ -168,11 +168,11 @@ def test_impossible_ramps_are_refused(options: dict[str, Any]) -> None:
     ("cores", "expected"),
     [
         (1, [(1, 1)]),
-        (2, [(1, 2), (2, 1)]),
-        (3, [(1, 3), (3, 1)]),
-        (6, [(1, 6), (2, 3), (6, 1)]),
-        (8, [(1, 8), (2, 4), (4, 2), (8, 1)]),
-        (12, [(1, 12), (2, 6), (4, 3), (12, 1)]),
+        (2, [(2, 1), (1, 2)]),
+        (3, [(3, 1), (1, 3)]),
+        (6, [(6, 1), (2, 3), (1, 6)]),
+        (8, [(8, 1), (4, 2), (2, 4), (1, 8)]),
+        (12, [(12, 1), (4, 3), (2, 6), (1, 12)]),
     ],
 )
 def test_candidates_use_every_core_exactly_once(cores: int, expected: list[tuple[int, int]]) -> None:
@@ -196,10 +196,10 @@ def settle(choice: LaneChoice, rate: Callable[[int], float]) -> list[int]:
 @pytest.mark.parametrize(
     ("rates", "tried", "chosen"),
     [
-        ({1: 100, 2: 110, 4: 130, 8: 125}, [1, 2, 4, 8, 4, 8], (4, 2)),
-        ({1: 100, 2: 90, 4: 80, 8: 500}, [1, 2, 4, 1, 2], (1, 8)),
-        ({1: 100, 2: 120, 4: 110, 8: 100}, [1, 2, 4, 8, 2, 4], (2, 4)),
-        ({1: 100, 2: 101, 4: 101.5, 8: 101}, [1, 2, 4, 8, 4, 2], (1, 8)),
+        ({1: 100, 2: 110, 4: 130, 8: 125}, [8, 4, 2, 1, 4, 8], (4, 2)),
+        ({1: 500, 2: 90, 4: 80, 8: 100}, [8, 4, 2, 8, 2], (8, 1)),
+        ({1: 100, 2: 120, 4: 110, 8: 100}, [8, 4, 2, 1, 2, 4], (2, 4)),
+        ({1: 100, 2: 101, 4: 101.5, 8: 101}, [8, 4, 2, 1, 4, 8], (1, 8)),
     ],
 )
 def test_the_fastest_split_of_the_cores_wins(
@@ -218,7 +218,7 @@ def test_one_core_needs_no_search() -> None:
     assert LaneChoice(1).current() == (1, 1)
     limited = LaneChoice(8, max_lanes=1)
     assert (limited.done, limited.current()) == (True, (1, 8))
-    assert LaneChoice(8, max_lanes=4).candidates == [(1, 8), (2, 4), (4, 2)]
+    assert LaneChoice(8, max_lanes=4).candidates == [(4, 2), (2, 4), (1, 8)]
 
 
 def test_lanes_chosen_earlier_are_used_if_they_still_can_be() -> None:
@@ -232,23 +232,23 @@ def test_lanes_chosen_earlier_are_used_if_they_still_can_be() -> None:
 def test_the_first_record_of_each_candidate_only_warms_up() -> None:
     """Starting threads takes time that says nothing about the rate."""
     choice = LaneChoice(2, window_s=1.0)
-    choice.record(1, 5.0)  # warm-up of (1, 2), very slow
+    choice.record(1, 5.0)  # warm-up of (2, 1), very slow
     choice.record(100, 1.0)
-    assert choice.current() == (2, 1)
-    choice.record(1, 5.0)  # warm-up of (2, 1)
+    assert choice.current() == (1, 2)
+    choice.record(1, 5.0)  # warm-up of (1, 2)
     choice.record(70, 0.5)
     choice.record(0, 0.0)  # no time passed: no measurement
     assert not choice.done
     choice.record(70, 0.5)
-    assert choice.rates == {(1, 2): 100.0, (2, 1): 140.0}
+    assert choice.rates == {(2, 1): 100.0, (1, 2): 140.0}
     for _ in range(2):  # both once more: a slow second window changes nothing
         assert not choice.done
         choice.record(1, 5.0)
         choice.record(50, 1.0)
-    assert (choice.done, choice.current()) == (True, (2, 1))
-    assert choice.rates == {(1, 2): 100.0, (2, 1): 140.0}
+    assert (choice.done, choice.current()) == (True, (1, 2))
+    assert choice.rates == {(2, 1): 100.0, (1, 2): 140.0}
     choice.record(1, 100.0)
-    assert choice.current() == (2, 1), "once chosen it stays"
+    assert choice.current() == (1, 2), "once chosen it stays"
 
 
 def test_no_cores_are_refused() -> None:

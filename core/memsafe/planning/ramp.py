@@ -118,8 +118,8 @@ class Ramp:
 class LaneChoice:
     """How many micro-batches run side by side, each on its share of the cores; found by tokens/s.
 
-    Candidates are (lanes, threads per lane) with ``lanes * threads == num_cores``: 1 x N, 2 x N/2, 4 x N/4, ...,
-    N x 1. Each is tried for `window_s` seconds of wall clock; the search stops early once two in a row are worse.
+    Candidates are (lanes, threads per lane) with ``lanes * threads == num_cores``: N x 1, as during the ramp and mostly
+    the fastest, ..., 4 x N/4, 2 x N/2, 1 x N. Each is tried for `window_s` seconds of wall clock; the search stops early once two in a row are worse.
     Then the best two are measured once more, and the better of each one's two rates counts: noise only slows.
     Of candidates within `knee` of the fastest the one with the fewest lanes wins: lanes multiply memory.
     max_lanes: never more lanes than this, for example for memory's sake.
@@ -141,7 +141,7 @@ class LaneChoice:
         lanes = [1 << power for power in range(num_cores.bit_length()) if num_cores % (1 << power) == 0]
         if lanes[-1] != num_cores:
             lanes.append(num_cores)
-        self.candidates = [(count, num_cores // count) for count in lanes if count <= most]
+        self.candidates = [(count, num_cores // count) for count in reversed(lanes) if count <= most]
         self._window_s = window_s
         self._knee = knee
         self._position = 0
@@ -195,4 +195,4 @@ class LaneChoice:
             self._position = self._again.pop(0)
             return
         enough = max(self._rates) / (1 + self._knee)
-        self._choice = next(c for c, rate in zip(self.candidates, self._rates, strict=False) if rate >= enough)
+        self._choice = min(c for c, rate in zip(self.candidates, self._rates, strict=False) if rate >= enough)

@@ -270,7 +270,9 @@ class Dispatcher:
             self._paused.discard(ticket)
             self._alone.discard(ticket)
             busy_on = executor.backlog.pending > 0
-            if self._last_done is not None and busy_on and not ticket.probe and ticket.fits:
+            # What was begun under another division of the cores says nothing about the one that is tried now.
+            counts = ticket.fits and not ticket.probe and executor.lanes == self._running
+            if self._last_done is not None and busy_on and counts:
                 executor.record_lanes(executor.model.flops(ticket.batch.shape), now - self._last_done)
             self._last_done = now if busy_on or self._in_flight else None
             self._condition.notify_all()
