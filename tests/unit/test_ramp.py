@@ -161,6 +161,16 @@ def test_impossible_ramps_are_refused(options: dict[str, Any]) -> None:
         Ramp(**options)
 
 
+def test_where_measurements_are_steady_the_ramp_stops_at_the_first_size_that_is_not_better() -> None:
+    """Two measurements that are not better end it, without a look at one size more."""
+    ramp = Ramp(0.02, 256, further=False)
+    for size, seconds in ((256, 1.0), (256, 1.0), (512, 1.5), (1024, 3.1), (1024, 3.0)):
+        assert ramp.max_tokens == size
+        assert not ramp.done
+        ramp.record(size, seconds)
+    assert (ramp.done, ramp.target_tokens, ramp.at_knee) == (True, 512, True)
+
+
 # ---------------------------------------------------------------- lanes
 
 

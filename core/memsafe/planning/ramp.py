@@ -22,8 +22,9 @@ class Ramp:
     start_tokens: the first size. ceiling: never beyond this; None for no ceiling (see also :meth:`bound`).
     target_tokens: the result of an earlier ramp, which is then used and not searched again.
 
-    A size that is not better is measured once more, and then one size further is looked at before stopping: single
-    measurements on shared machines are noisy. The first micro-batch of all only warms up and does not count.
+    further: whether, once two measurements of a size were not better, one size further is looked at before stopping.
+
+    Measurements by wall clock on shared machines are noisy. The first micro-batch of all only warms up and does not count.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Ramp:
         ceiling: int | None = None,
         *,
         target_tokens: int | None = None,
+        further: bool = True,
     ) -> None:
         if not 0 <= policy_knee < math.inf:
             raise ValueError(f"policy_knee: got {policy_knee}; give a finite fraction of at least 0")
@@ -40,6 +42,7 @@ class Ramp:
             raise ValueError("start_tokens and ceiling must be at least 1")
         self._knee = policy_knee
         self._ceiling = ceiling
+        self._further = further
         self._sizes = [start_tokens if ceiling is None else min(start_tokens, ceiling)]
         self._rates: dict[int, float] = {}  # size -> best rate seen, in tokens (or cost units) per second
         self._samples = 0  # of the current size
@@ -93,8 +96,8 @@ class Ramp:
             self._best = size
             self._grow()
         elif self._samples >= 2:
-            # The second size in a row that is not better than the best: enough.
-            if len(self._sizes) > 1 and self._sizes[-2] != self._best:
+            # The second size in a row that is not better than the best: enough. (Or the first.)
+            if not self._further or (len(self._sizes) > 1 and self._sizes[-2] != self._best):
                 self._target, self._at_knee = self._best, True
             else:
                 self._grow()

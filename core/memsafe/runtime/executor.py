@@ -92,7 +92,9 @@ class Executor:
             cost.least_share, cost.workspace_bytes = HEAP_SHARE, model.workspace_bytes
         self.budget = budget
         self.backlog = backlog
-        self.ramp = Ramp(policy.knee, ceiling=policy.max_tokens, target_tokens=cost.target_tokens)
+        # A CPU's lanes are timed by their own processor time, which is steady: no size need be tried in vain, and held.
+        further = device.kind != "cpu"
+        self.ramp = Ramp(policy.knee, ceiling=policy.max_tokens, target_tokens=cost.target_tokens, further=further)
         self.lane_choice = LaneChoice(device.num_cores if device.kind == "cpu" else 1, chosen=cost.lanes)
         self._streak = 0
         self.broken: BaseException | None = None
