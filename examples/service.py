@@ -13,7 +13,7 @@ import argparse
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -180,12 +180,32 @@ class BodyLimit:
             refusal = refuse(413, "Validation", f"the body is larger than {self._most:,} bytes")
             refusal.headers["connection"] = "close"  # what is left of the body is not read
             return await refusal(scope, receive, send)
-        whole: list[dict[str, Any]] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-        return await self._app(scope, lambda: _next(whole, receive), send)
+        return await _serve_while_connected(self._app, scope, bytes(body), receive, send)
 
 
-async def _next(whole: list[dict[str, Any]], receive: Any) -> Any:
-    return whole.pop() if whole else await receive()
+async def _serve_while_connected(app: Any, scope: Any, body: bytes, receive: Any, send: Any) -> None:
+    """Run `app` on a request whose body is here; a client that goes away takes its waiting work with it."""
+    whole: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+    gone, answered = asyncio.ensure_future(receive()), False  # after the body there is only the end to come
+
+    async def receive_body() -> Any:
+        return whole.pop() if whole else await asyncio.shield(gone)
+
+    async def send_on(message: dict[str, Any]) -> None:
+        nonlocal answered
+        answered = message["type"] == "http.response.body" and not message.get("more_body", False)
+        await send(message)
+
+    work = asyncio.ensure_future(app(scope, receive_body, send_on))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done() and not answered:
+            work.cancel()  # cancels the embedder's or reranker's call: its places in the queue are free at once
+        with suppress(asyncio.CancelledError):
+            await work
+    finally:
+        work.cancel()
+        gone.cancel()
 
 
 def check(texts: list[str], limits: Limits) -> None:

@@ -274,6 +274,32 @@ def test_no_memory_is_507_and_a_closed_model_503(app: Any) -> None:
 # the end
 
 
+def test_a_client_that_goes_away_takes_its_waiting_work_with_it() -> None:
+    """A request whose client has closed the connection leaves the queue at once; other requests are answered."""
+    embedder = SimulatedEmbedder(SimulatedDevice("1GiB"), memory={"max_tokens": 32})
+    model, go = embedder._engine.models[0], threading.Event()
+    forward = model.forward
+
+    def held(*args: Any) -> Any:
+        assert go.wait(60)
+        return forward(*args)
+
+    model.forward = held  # type: ignore[method-assign]
+    server = Server(make_app(embedder, None))
+    many = {"inputs": [f"text number {i} of a client who has lost patience" for i in range(30)]}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/embed", json=many, timeout=1)
+    deadline = time.monotonic() + 60
+    while embedder._engine.backlog.pending:
+        assert time.monotonic() < deadline, "the work still waits"
+        time.sleep(0.01)
+    go.set()
+    answer = httpx.post(f"{server.url}/embed", json={"inputs": ["one", "two"]}, timeout=60)
+    assert answer.status_code == 200 and len(answer.json()) == 2
+    server.ask_to_stop()
+    server.join()
+
+
 def test_shutdown_finishes_what_is_in_progress() -> None:
     """Asked to stop, the service answers the request in progress, then closes its models."""
     embedder = SimulatedEmbedder(SimulatedDevice("1GiB"))
