@@ -5,6 +5,7 @@ has it: no server, no network, real model, real reranker. A store that is not in
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,17 +72,17 @@ async def test_langchain(
     make: Callable[[Any, Path], Any], langchain_models: tuple[Any, Any], contents: list[str], tmp_path: Path
 ) -> None:
     """Documents go in through our embeddings, the answer comes out first after our reranker; sync and async agree."""
-    from langchain_classic.retrievers import ContextualCompressionRetriever
     from langchain_core.documents import Document
+
+    classic = "langchain_classic" if importlib.util.find_spec("langchain_classic") else "langchain"
+    retriever_of = importlib.import_module(f"{classic}.retrievers").ContextualCompressionRetriever
 
     embeddings, reranker = langchain_models
     store = make(embeddings, tmp_path)
     store.add_documents([Document(text, metadata={"topic": TOPICS[i % 5]}) for i, text in enumerate(contents)])
     nearest = store.similarity_search(QUERY, k=5)
     assert ANSWER in [document.page_content for document in nearest]
-    retriever = ContextualCompressionRetriever(
-        base_retriever=store.as_retriever(search_kwargs={"k": 8}), base_compressor=reranker
-    )
+    retriever = retriever_of(base_retriever=store.as_retriever(search_kwargs={"k": 8}), base_compressor=reranker)
     found = retriever.invoke(QUERY)
     assert found[0].page_content == ANSWER
     assert found[0].metadata["topic"] == TOPICS[12 % 5]
