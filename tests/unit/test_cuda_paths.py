@@ -210,8 +210,7 @@ def test_a_self_check_is_kept_for_its_card(monkeypatch: pytest.MonkeyPatch, tmp_
             name="m",
             _revision="1",
             dtype=torch.float16,
-            device=types.SimpleNamespace(kind="cuda"),
-            _torch_device=CUDA,
+            device=types.SimpleNamespace(kind="cuda", name="cuda:0"),
         )
         return models._CheckStore(model, MemoryPolicy())
 

@@ -181,6 +181,7 @@ class Executor:
                 with self._lock:
                     self.ramp.bound()  # the budget cut it: nothing larger can be had
             self.backlog.take(key, start, len(batch))
+            self._streak = self._streak + 1 if key.priority == keys[0].priority and _less_urgent(keys) else 0
         return Ticket(batch, bound, budget_bytes, probe, fits, size, released_bytes=released)
 
     def _is_cut(
@@ -213,13 +214,8 @@ class Executor:
 
     def _next_key(self, keys: list[QueueKey]) -> QueueKey:
         """The most urgent queue; after a row of urgent ones, one turn for the others, so that bulk never starves."""
-        urgent = [key for key in keys if key.priority == keys[0].priority]
-        others = keys[len(urgent) :]
-        if others and self._streak >= FAIRNESS:
-            self._streak = 0
-            return others[0]
-        self._streak = self._streak + 1 if others else 0
-        return urgent[0]
+        others = _less_urgent(keys)
+        return others[0] if others and self._streak >= FAIRNESS else keys[0]
 
     def _wants_probe(self, tokens: int, pending_tokens: int) -> bool:
         """Whether a micro-batch of `tokens` is worth running alone to measure it."""
@@ -429,6 +425,11 @@ class Executor:
             job.report.add(released_bytes=released)
             if job.emit is not None:
                 job.emit(CacheReleased(self.device.name, released, "run"))
+
+
+def _less_urgent(keys: list[QueueKey]) -> list[QueueKey]:
+    """Of `keys`, most urgent first, those that come after the first one's equals."""
+    return [key for key in keys if key.priority != keys[0].priority]
 
 
 def is_device_failure(error: BaseException) -> bool:

@@ -160,7 +160,7 @@ class LoadedModel:
             dtype=self.dtype_name,
             attention=f"{self.attention}:{self.check.small_mask_ok}:{self.check.in_place_ok}",
             layout=chunks,
-            device=f"{self.device.kind}:{self.device.total_bytes >> 30}:{self.device.num_cores}",
+            device=f"{_card(self.device)}:{self.device.total_bytes >> 30}:{self.device.num_cores}",
             torch_version=torch.__version__,
         )
 
@@ -386,6 +386,11 @@ def final_rows_of(st: Any, features: Mapping[str, Any]) -> Tensor:
     return rows[:, None] if rows.ndim == 1 else rows
 
 
+def _card(device: Device) -> str:
+    """What kernels and speeds depend on: cards have kernels of their own, and machines of a cluster share the cache."""
+    return torch.cuda.get_device_name(torch.device(device.name)) if device.kind == "cuda" else device.kind
+
+
 class _CheckStore:
     """Remembers self-checks by model revision, dtype, device kind and library versions."""
 
@@ -396,9 +401,7 @@ class _CheckStore:
         import transformers
 
         st_version = importlib.import_module("sentence_transformers").__version__
-        # Cards have kernels of their own; machines of a cluster share the cache directory.
-        card = torch.cuda.get_device_name(model._torch_device) if model.device.kind == "cuda" else model.device.kind
-        key = [model.kind, model.name, model._revision, str(model.dtype), card, torch.__version__]
+        key = [model.kind, model.name, model._revision, str(model.dtype), _card(model.device), torch.__version__]
         key += [transformers.__version__, st_version, "2"]
         self._usable = bool(model._revision) and policy.learn
         self._file = os.path.join(
