@@ -355,7 +355,7 @@ class _SimulatedEngine(Engine):
     def _load(self, spec: Any, device: Device, position: int) -> None:
         model: Any = self._given[position]
         self.models.append(model)
-        self._baselines.append(device.snapshot().reserved_bytes - model.weights_bytes)
+        self._baselines.append(device.snapshot().allocated_bytes - model.weights_bytes)
 
 
 class SimulatedEmbedder(Embedder):

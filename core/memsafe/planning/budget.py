@@ -49,7 +49,7 @@ class MemoryBudget:
         self.limit_bytes = limit_bytes
         self.reserve_bytes = reserve_bytes
         self.baseline_bytes = baseline_bytes
-        """``reserved_bytes`` of this process before the model was loaded; the limit counts from here."""
+        """``allocated_bytes`` of this process before the model was loaded; the limit counts from here."""
         self._patience = patience
         self._growth = growth
         self._cap_bytes: int | None = None

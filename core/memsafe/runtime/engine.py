@@ -83,7 +83,7 @@ class Engine:
         # Libraries are no part of the model: the limit counts from here.
         importlib.import_module("sentence_transformers")
         before = device.snapshot()
-        baseline = before.reserved_bytes
+        baseline = before.allocated_bytes
         budget = self._budget(device, baseline)
         given = spec.model if not isinstance(spec.model, str) else None
         if given is not None:
