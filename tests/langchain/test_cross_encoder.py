@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from langchain_memsafe import MemsafeCrossEncoder, MemsafeRerank
 from memsafe import InputError
+from tests.models import before
 
 from .conftest import CLASSIC, Calls, largest_difference
 
@@ -126,7 +127,9 @@ def test_client(cross_encoder: MemsafeCrossEncoder) -> None:
 
 def test_edges(peer: Any, cross_encoder: MemsafeCrossEncoder) -> None:
     """No pairs: no scores. Pairs may be lists, as upstream."""
-    assert len(cross_encoder.score([])) == len(peer.score([])) == 0
+    assert len(cross_encoder.score([])) == 0
+    if not before("sentence-transformers", 6):  # version 5 fails on none
+        assert len(peer.score([])) == 0
     assert largest_difference(cross_encoder.score([["a", "b"]]), peer.score([["a", "b"]])) < 1e-5  # type: ignore[list-item]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from langchain_memsafe import MemsafeEmbeddings
+from tests.models import before
 
 from .conftest import largest_difference
 
@@ -160,6 +161,8 @@ def test_same_errors(
     """What upstream refuses, ours refuses with the same kind of error, for documents and for queries."""
     for embeddings in (theirs, mine):
         copied = embeddings.model_copy(update={"encode_kwargs": encode_kwargs})
+        if embeddings is theirs and before("sentence-transformers", 6) and words != "float8" and words != "missing":
+            continue  # version 5 takes options that it does not know, and fails on batch sizes in range()
         if embeddings is theirs and words is None:
             continue  # upstream drops the old name of the inputs without a word; ours says so
         with pytest.raises(error, match=words):

@@ -20,6 +20,7 @@ from llama_index_memsafe._devices import device_list
 from llama_index_memsafe._instructions import QUERY_INSTRUCTIONS, TEXT_INSTRUCTIONS
 from memsafe import ConfigError, Embedder, InputError, MemoryPolicy, MemsafeError
 from tests.llama_index.conftest import DOCUMENT, QUERY, TEXTS, CoreCalls, recorded
+from tests.models import before
 
 
 class Limiter:
@@ -186,6 +187,8 @@ def test_the_rate_limiter_is_asked_once_per_group(plain: str, cached: bool, sync
 )
 def test_which_prompt_is_used(tiny: str, options: dict[str, Any], query: str, document: str) -> None:
     """The instruction, else `prompts`, else the prompt saved in the model; an empty one means none."""
+    if "" in (query, document) and before("sentence-transformers", 6):
+        pytest.skip("sentence-transformers 5 puts the saved prompt in the place of an empty one, for upstream too")
     model = MemsafeEmbedding(tiny, device="cpu", **options)
     bare = Embedder(tiny, device="cpu")
 

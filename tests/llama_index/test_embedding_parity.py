@@ -16,6 +16,7 @@ from llama_index.core.schema import ImageNode, TextNode
 from llama_index_memsafe import MemsafeEmbedding
 from llama_index_memsafe._instructions import DEFAULT_MODEL, QUERY_INSTRUCTIONS, TEXT_INSTRUCTIONS
 from tests.llama_index.conftest import TEXTS, exchange, recorded
+from tests.models import before
 
 pytest.importorskip("llama_index.embeddings.huggingface", reason="the class that is replaced is not installed")
 pytestmark = pytest.mark.peers
@@ -271,6 +272,8 @@ def test_image_methods_stay_with_upstream(make_pair: Any, plain: str) -> None:
 
 def test_saved_prompts_are_used_unless_parity_is_asked_for(make_pair: Any, tiny: str) -> None:
     """Difference: upstream drops the model's own query and document prompts; ours uses them; parity=True drops them."""
+    if before("sentence-transformers", 6):
+        pytest.skip("sentence-transformers 5 puts the saved prompt in the place of an empty one, for upstream too")
     theirs, ours = make_pair(tiny)
     exact = MemsafeEmbedding(tiny, device="cpu", parity=True)
     explicit = make_pair(tiny, query_instruction="SAVED QUERY: ", text_instruction="SAVED DOCUMENT: ")[0]

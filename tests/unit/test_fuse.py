@@ -17,6 +17,9 @@ from transformers.activations import ACT2FN
 from memsafe.runtime import fuse, packing, stub
 from memsafe.runtime.selfcheck import run_self_check
 from tests import models
+from tests.models import needs_interface
+
+pytestmark = needs_interface
 
 NAMES = ["gelu", "gelu_pytorch_tanh", "silu", "relu"]
 

@@ -19,6 +19,8 @@ from memsafe.runtime import kernels, packing
 from memsafe.runtime.stub import PackedModel, find_hf_model
 from tests import models
 
+pytestmark = models.needs_interface
+
 LENGTHS = (60, 33, 33, 9, 3, 3, 3, 1)
 ATTEND = AttentionInterface()[packing.NAME]
 MASK = AttentionMaskInterface()[packing.NAME]

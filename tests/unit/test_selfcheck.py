@@ -14,6 +14,9 @@ from transformers import AttentionInterface
 from memsafe.runtime import packing, selfcheck, stub
 from memsafe.runtime.selfcheck import SelfCheck, run_self_check
 from tests import models
+from tests.models import needs_interface
+
+pytestmark = needs_interface
 
 
 def load(folder: Path, architecture: str = "bert", kind: str = "embedder", **options: Any) -> Any:

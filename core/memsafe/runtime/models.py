@@ -86,9 +86,9 @@ def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int)
         st = build(spec.model, device=device.name, **options).eval()
     except MemsafeError:
         raise
-    except TypeError as error:
-        raise ConfigError(f"options: {error}") from error
-    except Exception as error:  # whatever a damaged file makes of itself: pickle, zip, JSON, shapes
+    except Exception as error:  # whatever a damaged file makes of itself: pickle, zip, JSON, shapes, types
+        if isinstance(error, TypeError) and "argument" in str(error):
+            raise ConfigError(f"options: {error}") from error
         if not is_out_of_memory(error):
             raise ModelError(f"model: {spec.model!r} cannot be loaded: {type(error).__name__}: {error}") from error
     if st is None:  # outside the block above, whose traceback holds what was loaded so far
@@ -178,9 +178,11 @@ class LoadedModel:
             vocab_logits=logits,
             small_mask=self.check.small_mask_ok,
         )
-        window = _first(self.config, ("sliding_window", "local_attention")) if self.packed else None
-        if isinstance(window, int):
+        window = _first(self.config, ("sliding_window", "local_attention"))
+        if isinstance(window, int) and self.packed:
             prior = replace(prior, fixed_bytes=prior.fixed_bytes + packing.window_bytes(window, self.dtype.itemsize))
+        elif isinstance(window, int):  # padded: a mask for the window, one for all, and one in the making
+            prior = replace(prior, per_square_bytes=3 * prior.per_square_bytes)
         if prior.per_square_bytes and self.attention == "eager":
             # Models with attention of their own add position biases: 1.3 times the plain scores in MPNet, 3 in DeBERTa-v2.
             prior = replace(prior, per_square_bytes=3 * prior.per_square_bytes)
