@@ -207,7 +207,7 @@ def settle(choice: LaneChoice, rate: Callable[[int], float]) -> list[int]:
     ("rates", "tried", "chosen"),
     [
         ({1: 100, 2: 110, 4: 130, 8: 125}, [8, 4, 2, 1, 4, 8], (4, 2)),
-        ({1: 500, 2: 90, 4: 80, 8: 100}, [8, 4, 2, 8, 2], (8, 1)),
+        ({1: 500, 2: 90, 4: 80, 8: 100}, [8, 4, 2], (8, 1)),
         ({1: 100, 2: 120, 4: 110, 8: 100}, [8, 4, 2, 1, 2, 4], (2, 4)),
         ({1: 100, 2: 101, 4: 101.5, 8: 101}, [8, 4, 2, 1, 4, 8], (1, 8)),
     ],
@@ -246,17 +246,17 @@ def test_the_first_record_of_each_candidate_only_warms_up() -> None:
     choice.record(100, 1.0)
     assert choice.current() == (1, 2)
     choice.record(1, 5.0)  # warm-up of (1, 2)
-    choice.record(70, 0.5)
+    choice.record(52.5, 0.5)
     choice.record(0, 0.0)  # no time passed: no measurement
     assert not choice.done
-    choice.record(70, 0.5)
-    assert choice.rates == {(2, 1): 100.0, (1, 2): 140.0}
+    choice.record(52.5, 0.5)
+    assert choice.rates == {(2, 1): 100.0, (1, 2): 105.0}
     for _ in range(2):  # both once more: a slow second window changes nothing
         assert not choice.done
         choice.record(1, 5.0)
         choice.record(50, 1.0)
     assert (choice.done, choice.current()) == (True, (1, 2))
-    assert choice.rates == {(2, 1): 100.0, (1, 2): 140.0}
+    assert choice.rates == {(2, 1): 100.0, (1, 2): 105.0}
     choice.record(1, 100.0)
     assert choice.current() == (1, 2), "once chosen it stays"
 

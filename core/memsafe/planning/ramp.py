@@ -14,6 +14,11 @@ _FILLED = 0.5
 """A micro-batch counts for a size if it holds at least this fraction; inputs that fit into it always fill as much."""
 
 
+_CLEAR = 1.1
+"""Lanes that are so many times as fast as any other need no second measurement: two lanes on two cores were 1.25 to 1.4
+times as fast as one."""
+
+
 class Ramp:
     """The size of the next micro-batch while the best one is unknown: doubling, until doubling no longer pays.
 
@@ -123,7 +128,8 @@ class LaneChoice:
 
     Candidates are (lanes, threads per lane) with ``lanes * threads == num_cores``: N x 1, as during the ramp and mostly
     the fastest, ..., 4 x N/4, 2 x N/2, 1 x N. Each is tried for `window_s` seconds of wall clock; the search stops early once two in a row are worse.
-    Then the best two are measured once more, and the better of each one's two rates counts: noise only slows.
+    If the best two are within 10 %, both are measured once more, and the better of each one's two rates counts: noise
+    only slows.
     Of candidates within `knee` of the fastest the one with the fewest lanes wins: lanes multiply memory.
     max_lanes: never more lanes than this, for example for memory's sake.
     chosen: the lanes that an earlier search chose; used, and not searched again, if they are a candidate here.
@@ -133,7 +139,7 @@ class LaneChoice:
         self,
         num_cores: int,
         *,
-        window_s: float = 1.0,
+        window_s: float = 0.4,
         knee: float = 0.02,
         max_lanes: int | None = None,
         chosen: int | None = None,
@@ -191,7 +197,8 @@ class LaneChoice:
             if self._position + 1 < len(self.candidates) and self._position - ranked[0] < 2:
                 self._position += 1
                 return
-            self._again = ranked[:2]
+            first, second = (self._rates[place] for place in ranked[:2])
+            self._again = ranked[:2] if second * _CLEAR > first else []
         else:
             self._rates[self._position] = max(rate, self._rates[self._position])
         if self._again:
