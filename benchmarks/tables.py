@@ -290,13 +290,11 @@ SECTIONS: dict[str, Callable[[Section], list[str]]] = {
 def headline(sections: dict[str, Any]) -> list[str]:
     """What README shows: who is how fast on real text, embedding and reranking, and peak memory where it was measured."""
     lines: list[str] = []
-    peak = {
-        (row["label"], row["setting"]): row.get("peak_beyond_before_load_bytes")
-        for rows in sections.get("memory", {}).get("tasks", {}).values()
-        for row in rows
-    }
+    memory = sections.get("memory", {}).get("tasks", {})
     for name in ("speed", "rerank"):
         for found in sections.get(name, {}).get("tasks", [])[:1]:
+            measured = memory.get(f"{found['task']}, {found['model']}", [])  # of the same texts and model only
+            peak = {(row["label"], row["setting"]): row.get("peak_beyond_before_load_bytes") for row in measured}
             what = "pairs" if found["kind"] == "rerank" else "texts"
             title = "Reranking" if found["kind"] == "rerank" else "Embedding"
             lines += ["" if lines else f"{title}, {found['inputs']} real {what}, {found['model']}, fp32:"]
@@ -310,7 +308,7 @@ def headline(sections: dict[str, Any]) -> list[str]:
                         _label(row),
                         f"{row['tokens_per_s']['median']:,.0f}",
                         _faster(row),
-                        mib(peak.get((row["label"], row["setting"]))) if name == "speed" else "-",
+                        mib(peak.get((row["label"], row["setting"]))),
                     ]
                     for row in found["rows"]
                 ],
