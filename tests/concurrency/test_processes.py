@@ -112,8 +112,8 @@ def check(rows):
 """
 
 
-def test_what_is_dropped_at_the_very_end_is_closed_before_the_interpreter_goes() -> None:
-    """The thread that closes it is in torch's code then, and would abort the process."""
+def test_what_is_being_closed_at_the_very_end_is_closed_before_the_interpreter_goes() -> None:
+    """The thread that closes it is in torch's code then, and would abort the process. What else waits is let be."""
     program = """
 from memsafe.runtime.engine import Engine
 
@@ -128,6 +128,7 @@ Engine.close = slow
 embedder = Embedder(minilm(), device="cpu")
 embedder.embed_documents(texts)
 del embedder
+time.sleep(0.3)
 """
     assert "closed" in run("import time\n" + REAL + program)[0]
 

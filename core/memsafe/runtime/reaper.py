@@ -25,6 +25,7 @@ class _Closable(Protocol):
 _dropped: SimpleQueue[_Closable | threading.Event | None] = SimpleQueue()
 _thread: threading.Thread | None = None
 _lock = threading.Lock()
+_exiting = False
 
 
 def start() -> None:
@@ -52,17 +53,23 @@ def settle(timeout_s: float = 10.0) -> bool:
 def _close_dropped() -> None:
     while (each := _dropped.get()) is not None:
         try:
-            each.set() if isinstance(each, threading.Event) else each.close()
+            if isinstance(each, threading.Event):
+                each.set()
+            elif not _exiting:
+                each.close()
         except Exception:  # a fault of ours must not keep the memory of all that comes later
             log.exception("an embedder or reranker that was dropped could not be closed")
         del each  # or it would live until the next one comes
 
 
 def _stop() -> None:
-    """At exit, finish what was dropped: a thread that is in torch's code when the interpreter goes aborts the process."""
+    """At exit, finish what is being closed: a thread that is in torch's code when the interpreter goes aborts the process.
+    What still waits goes with the process."""
+    global _exiting
+    _exiting = True
     if _thread is not None:
         _dropped.put(None)
-        _thread.join(timeout=10)
+        _thread.join(timeout=60)
 
 
 def _after_fork() -> None:
