@@ -34,7 +34,7 @@ FAIRNESS = 4
 """Urgent micro-batches in a row before bulk work gets one turn: bulk keeps a fifth of the device at worst."""
 REDO_TOKENS = 4096
 """Tokens, padding included, that are computed again on the CPU at a time: rows that came out as NaN."""
-LEAST_PROBE_TOKENS = 512
+LEAST_PROBE_TOKENS = 128
 """On a CPU, smaller micro-batches say little about larger ones, and single queries should not be slowed by measuring."""
 MOST_ROWS = 32768
 """In one micro-batch on an accelerator: CUDA's attention kernels count sequences in a grid dimension of at most 65,535."""
