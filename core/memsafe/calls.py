@@ -80,7 +80,6 @@ class Model:
         # The device's dispatcher knows the engine, so dropping this object would not free the model by itself.
         from memsafe.runtime import reaper
 
-        reaper.start()
         weakref.finalize(self, reaper.drop, self._engine).atexit = False
 
     def _make_engine(

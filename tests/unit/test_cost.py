@@ -493,3 +493,21 @@ def test_without_measurements_the_fit_is_the_prior() -> None:
     assert coefficients == pytest.approx(mean)
     assert np.sqrt(np.diag(covariance)) == pytest.approx(deviation)
     assert residuals.shape == (0,)
+
+
+def test_what_the_heap_and_kernels_take_beside_is_in_the_bounds() -> None:
+    """The heap's least share counts whatever smaller measurements said, except where the heap is exact; a kernel's
+    workspace counts always; neither changes the prediction. A ceiling follows the bound."""
+    model, shape = CostModel(KEY, prior()), packed(500, 200)
+    for lengths in ([100], [300], [900], [2000]):
+        model.observe(packed(*lengths), round(model.predict(packed(*lengths))), 0)
+    predicted, upper, resident = model.predict(shape), model.upper_bound(shape), model.resident_bound(shape)
+    ceiling = model.token_ceiling(1 << 30)
+    model.least_share = 1.0
+    assert model.resident_bound(shape) >= 2 * upper > resident
+    assert model.token_ceiling(1 << 30) < ceiling
+    model.workspace_bytes = 1 << 21
+    assert model.upper_bound(shape) == pytest.approx(upper + (1 << 21), abs=2)
+    assert model.predict(shape) == predicted
+    model.exact_heap = True
+    assert model.resident_bound(shape) < 2 * upper + (1 << 24)

@@ -377,10 +377,7 @@ def test_packing_rejects_empty_sequences() -> None:
 def masked(model_type: str = "bert", *, attention_mask: Tensor, config: Any = None) -> Tensor | None:
     config = config or models.tiny_config(model_type)
     config._attn_implementation = packing.NAME
-    create = getattr(masking_utils, "create_bidirectional_mask", None)
-    if create is None:
-        pytest.skip("this transformers has no mask function for models like BERT")
-    mask: Tensor | None = create(
+    mask: Tensor | None = masking_utils.create_bidirectional_mask(
         config=config, inputs_embeds=torch.zeros(*attention_mask.shape, 4), attention_mask=attention_mask
     )
     return mask

@@ -26,10 +26,10 @@ class Ramp:
     doubling between the two.
     start_tokens: the first size. ceiling: never beyond this; None for no ceiling (see also :meth:`bound`).
     target_tokens: the result of an earlier ramp, which is then used and not searched again.
+    further: whether, once two measurements of a size were not better, one size further is looked at before stopping:
+    measurements by wall clock on shared machines are noisy.
 
-    further: whether, once two measurements of a size were not better, one size further is looked at before stopping.
-
-    Measurements by wall clock on shared machines are noisy. The first micro-batch of all only warms up and does not count.
+    The first micro-batch of all only warms up and does not count.
     """
 
     def __init__(
@@ -127,7 +127,8 @@ class LaneChoice:
     """How many micro-batches run side by side, each on its share of the cores; found by tokens/s.
 
     Candidates are (lanes, threads per lane) with ``lanes * threads == num_cores``: N x 1, as during the ramp and mostly
-    the fastest, ..., 4 x N/4, 2 x N/2, 1 x N. Each is tried for `window_s` seconds of wall clock; the search stops early once two in a row are worse.
+    the fastest, ..., 4 x N/4, 2 x N/2, 1 x N. Each is tried for `window_s` seconds of wall clock; the search stops
+    early once two in a row are worse.
     If the best two are within 10 %, both are measured once more, and the better of each one's two rates counts: noise
     only slows.
     Of candidates within `knee` of the fastest the one with the fewest lanes wins: lanes multiply memory.

@@ -13,7 +13,7 @@ import threading
 from queue import SimpleQueue
 from typing import Protocol
 
-__all__ = ["drop", "settle", "start"]
+__all__ = ["drop", "settle"]
 
 log = logging.getLogger("memsafe")
 
@@ -28,7 +28,7 @@ _lock = threading.Lock()
 _exiting = False
 
 
-def start() -> None:
+def _start() -> None:
     """See that the thread runs. Not for finalizers: starting a thread takes locks."""
     global _thread
     with _lock:
@@ -43,8 +43,9 @@ def drop(engine: _Closable) -> None:
 
 
 def settle(timeout_s: float = 10.0) -> bool:
-    """Wait until everything that was dropped so far is closed; False if that takes longer."""
-    start()
+    """Wait until everything that was dropped so far is closed; False if that takes longer. Every engine calls it before
+    it loads, so that the thread runs from the first one on."""
+    _start()
     reached = threading.Event()
     _dropped.put(reached)
     return reached.wait(timeout_s)
