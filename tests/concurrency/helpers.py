@@ -51,11 +51,13 @@ def pending(model: Any) -> int:
 class Watch:
     """Wraps the forward of an Embedder's or Reranker's models: records micro-batches and can hold them.
 
-    batches: in the order in which their forwards began. most: forwards inside at once, at most.
+    batches: in the order in which their forwards began. granted: in the order in which they were let in, which a busy
+    machine cannot change (a lane may stand still between the two). most: forwards inside at once, at most.
     """
 
     def __init__(self, *models: Any, takes_s: float = 0.0) -> None:
         self.batches: list[MicroBatch] = []
+        self.granted: list[MicroBatch] = []
         self.most = 0
         self.takes_s = takes_s
         self._inside = 0
@@ -66,6 +68,17 @@ class Watch:
         for model in models:
             for loaded in model._engine.models:
                 loaded.forward = self._wrapped(loaded.forward)
+            for executor in model._engine.executors:
+                executor.admit = self._recorded(executor.admit)
+
+    def _recorded(self, admit: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any, **options: Any) -> Any:
+            ticket = admit(*args, **options)
+            if ticket is not None:
+                self.granted.append(ticket.batch)
+            return ticket
+
+        return recorded
 
     def _wrapped(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def watched(batch: MicroBatch, *args: Any, **options: Any) -> Any:
@@ -96,16 +109,19 @@ class Watch:
 
     @property
     def kinds(self) -> str:
-        """The micro-batches in their order: ``q`` for queries, ``b`` for bulk."""
-        return "".join("q" if batch.items[0].job.key.priority == QUERY else "b" for batch in self.batches)
+        """The micro-batches in the order of ``granted``: ``q`` for queries, ``b`` for bulk."""
+        return "".join("q" if batch.items[0].job.key.priority == QUERY else "b" for batch in self.granted)
 
     def wait_for(self, count: int) -> None:
-        """Until `count` forwards have begun."""
-        wait_until(lambda: len(self.batches) >= count, f"{count} forwards")
+        """Until `count` micro-batches have been let in."""
+        wait_until(lambda: len(self.granted) >= count, f"{count} micro-batches")
 
 
 def occupy(embedder: Any, watch: Watch) -> list[Future[Any]]:
-    """Hold the device with as many calls as it takes, so that whatever comes next waits in the queue together."""
+    """Hold the device with as many calls as it takes, so that whatever comes next waits in the queue together.
+
+    Three of them are in flight then (two lanes, and one more for queries), two wait.
+    """
     watch.hold()
     calls = [start(embedder.embed_queries, [f"keeps the device busy {i}"], max_rows=1) for i in range(5)]
     wait_until(lambda: pending(embedder) == 2, "a busy device")  # two lanes, and one more for queries

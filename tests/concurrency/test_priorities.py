@@ -5,7 +5,7 @@ from __future__ import annotations
 from memsafe.runtime.executor import FAIRNESS
 from memsafe.runtime.jobs import OLDEST, QUERY
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder
-from tests.concurrency.helpers import PATIENCE_S, Watch, pending, start, wait_until
+from tests.concurrency.helpers import PATIENCE_S, Watch, occupy, pending, start, wait_until
 
 SMALL = {"max_tokens": 32, "reserve": 0}
 """Micro-batches of at most 32 tokens: four of the texts below."""
@@ -25,7 +25,9 @@ def test_a_query_overtakes_bulk_work_that_waits(device: SimulatedDevice) -> None
         watch.wait_for(1)
         wait_until(lambda: pending(embedder) >= 72, "bulk work in the queue")
         query = start(embedder.embed_queries, ["what is asked"])
-        wait_until(lambda: QUERY in embedder._engine.backlog.priorities(), "the query in the queue")
+        wait_until(
+            lambda: QUERY in embedder._engine.backlog.priorities() or "q" in watch.kinds, "the query in the queue"
+        )
         watch.go()
         assert query.result(PATIENCE_S).shape == (1, 8)
         assert watch.kinds.index("q") <= 2
@@ -52,7 +54,7 @@ def test_bulk_work_has_its_turn_among_queries(device: SimulatedDevice) -> None:
         watch = Watch(embedder)
         watch.hold()
         bulk = start(embedder.embed_documents, texts(32))
-        watch.wait_for(1)
+        watch.wait_for(2)  # both lanes are busy: nothing but queries leaves the queue
         calls = _queries(embedder, 60, watch)
         watch.go()
         for call in (bulk, *calls):
@@ -104,7 +106,7 @@ def test_queues_of_equal_priority_take_turns(device: SimulatedDevice) -> None:
         watch.go()
         second.result(PATIENCE_S)
         first.result(PATIENCE_S)
-        caps = [batch.items[0].job.key.max_rows for batch in watch.batches]
+        caps = [batch.items[0].job.key.max_rows for batch in watch.granted]
         last = len(caps) - caps[::-1].index(2)
         assert last <= 9, caps  # three micro-batches of the second, in turn with the first's, and two in flight before
 
@@ -113,18 +115,16 @@ def test_short_texts_do_not_wait_for_all_longer_ones(device: SimulatedDevice) ->
     """A call with short texts has its turn before a large call with long ones ends, though the longest go first."""
     with SimulatedEmbedder(device, memory=SMALL) as embedder:
         watch = Watch(embedder)
-        watch.hold()
-        early = start(embedder.embed_documents, texts(4, words=3, word="early"))
-        watch.wait_for(1)
-        middle = start(embedder.embed_documents, texts(4, words=2, word="short"))
-        wait_until(lambda: pending(embedder) >= 4, "the short texts in the queue")
+        busy = occupy(embedder, watch)
+        early = start(embedder.embed_documents, texts(4, words=2, word="short"))
+        wait_until(lambda: pending(embedder) == 6, "the short texts in the queue")
         late = start(embedder.embed_documents, texts(200, words=20))
-        wait_until(lambda: pending(embedder) >= 204, "the long texts in the queue")
+        wait_until(lambda: pending(embedder) == 206, "the long texts in the queue")
         watch.go()
-        for call in (early, middle, late):
+        for call in (*busy, early, late):
             call.result(PATIENCE_S)
-        shapes = [min(item.num_tokens for item in batch.items) for batch in watch.batches]
-        assert shapes.index(4) <= 2 * OLDEST + 2, shapes
+        shapes = [min(item.num_tokens for item in batch.items) for batch in watch.granted[5:]]
+        assert shapes.index(4) <= OLDEST + 1, shapes
         assert len(shapes) > 100
 
 

@@ -64,8 +64,10 @@ def test_the_ceiling_is_never_passed(ceiling: int) -> None:
     """Nothing larger than the ceiling is ever asked for, and the ramp still ends."""
     ramp = Ramp(0.03, ceiling=ceiling)
     asked = climb(ramp, lambda tokens: tokens)
-    assert max(asked) <= ceiling
+    assert max([ramp.max_tokens, *asked]) <= ceiling
     assert (ramp.target_tokens or 0) > 0.6 * ceiling
+    assert bool(asked) == (ceiling >= 1.5 * 256)  # nothing is tried out where there is nothing to choose from
+    assert ramp.at_knee is False
 
 
 def test_a_learnt_target_skips_the_ramp() -> None:

@@ -24,7 +24,8 @@ class Ramp:
 
     policy_knee: a size counts as better only if it is faster than the best so far by more than this fraction for each
     doubling between the two.
-    start_tokens: the first size. ceiling: never beyond this; None for no ceiling (see also :meth:`bound`).
+    start_tokens: the first size. ceiling: never beyond this; None for no ceiling (see also :meth:`bound`). Below one and
+    a half times the first size it leaves nothing to search: :attr:`done` from the start.
     target_tokens: the result of an earlier ramp, which is then used and not searched again.
     further: whether, once two measurements of a size were not better, one size further is looked at before stopping:
     measurements by wall clock on shared machines are noisy.
@@ -55,6 +56,8 @@ class Ramp:
         self._best: int | None = None
         self._target = target_tokens if target_tokens is None or ceiling is None else min(target_tokens, ceiling)
         self._at_knee = target_tokens is not None
+        if self._larger() is None:  # nothing to compare with, so nothing needs to run alone for it
+            self.bound()
 
     @property
     def max_tokens(self) -> int:
@@ -114,13 +117,18 @@ class Ramp:
         return self._rates[best] * math.pow(1 + self._knee, math.log2(size / best))
 
     def _grow(self) -> None:
-        size = self._sizes[-1]
-        larger = 2 * size if self._ceiling is None else min(2 * size, self._ceiling)
-        if larger < 1.5 * size:  # the ceiling is near: hardly anything new to learn there
+        larger = self._larger()
+        if larger is None:
             self._target = self._best
         else:
             self._sizes.append(larger)
             self._samples = 0
+
+    def _larger(self) -> int | None:
+        """The next size; None where the ceiling is so near that hardly anything new is to be learnt."""
+        size = self._sizes[-1]
+        larger = 2 * size if self._ceiling is None else min(2 * size, self._ceiling)
+        return None if larger < 1.5 * size else larger
 
 
 class LaneChoice:
