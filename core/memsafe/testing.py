@@ -277,7 +277,11 @@ class SimulatedModel:
         return CostKey("simulated", "", self.dtype_name, "", layout, self.device.name, "")
 
     def cost_prior(self) -> CostPrior:
-        return CostPrior(*(self._prior_scale * cost for cost in self._costs))
+        fixed, token, sequence, square = (self._prior_scale * cost for cost in self._costs)
+        return CostPrior(fixed, token, sequence, square)
+
+    def cost_shape(self, batch: MicroBatch) -> BatchShape:
+        return batch.shape
 
     def flops(self, shape: BatchShape) -> float:
         return float(shape.tokens)

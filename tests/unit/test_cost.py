@@ -428,8 +428,8 @@ def _damage(**changes: Any) -> str:
         "{}",
         "nonsense",
         "[" * 100_000,
-        '{"schema": 1}',
-        _damage(schema=2),
+        '{"schema": 2}',
+        _damage(schema=1),
         _damage(schema=None),
         _damage(key={"model": "x"}),
         _damage(key=dataclasses.asdict(KEY) | {"dtype": 3}),
@@ -471,6 +471,97 @@ def test_keys_have_distinct_digests() -> None:
 
 
 # ---------------------------------------------------------------- the fit
+
+
+# -- exact laws ------------------------------------------------------------------------------------------------------
+
+
+def _observed(prior_: CostPrior, shapes: list[BatchShape], law: Any) -> CostModel:
+    model = CostModel(KEY, prior_)
+    for shape in shapes:
+        model.observe(shape, round(law(shape)))
+    return model
+
+
+VARIED = [packed(256), packed(*[30] * 17), packed(*[24] * 42), packed(*[22] * 92), packed(130)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_a_law_of_one_feature_is_told_from_chance(count: int) -> None:
+    """As many coefficients as measurements fit anything; the one that explains all of them is taken, to the byte."""
+    model = _observed(prior(), VARIED[:count], lambda shape: 15392 * shape.tokens)
+    for shape in (packed(9), packed(20, 7), packed(*[256] * 30), packed(3000)):
+        assert model.predict(shape) == pytest.approx(15392 * shape.tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize(("count", "above"), [(3, [0]), (4, [3]), (5, [0, 4])])
+def test_a_minority_above_a_law_shows_in_the_bound_only(count: int, above: list[int]) -> None:
+    """Another step of the forward needed more for a few: the law is that of the others, and bounds cover those few."""
+    shapes = VARIED[:count]
+    more = {shapes[i]: 1.2 for i in above}
+    model = _observed(prior(), shapes, lambda shape: 15392 * shape.tokens * more.get(shape, 1.0))
+    assert model.predict(packed(*[100] * 50)) == pytest.approx(15392 * 5000, rel=1e-4)
+    assert all(model.upper_bound(shape) >= 15392 * shape.tokens * 1.2 for shape in more)
+
+
+def test_measurements_below_a_law_refute_it() -> None:
+    """What lies below is no other step of the forward: nothing is left out, and the margin tells how well all fit."""
+    shapes = VARIED[:4]
+    low = _observed(prior(), shapes, lambda shape: 15392 * shape.tokens * (0.8 if shape is shapes[1] else 1.0))
+    assert low.relative_error > 0.01
+
+
+def test_equal_lengths_leave_the_choice_between_tokens_and_squares_to_the_prior() -> None:
+    """Where several features explain the measurements as well, none is preferred for its being alone."""
+    model = _observed(prior(), [packed(*[64] * n) for n in (2, 4, 8, 16)], lambda shape: 15392 * shape.tokens)
+    assert model.predict(packed(*[64] * 30)) == pytest.approx(15392 * 1920, rel=1e-3)
+    long, seen = packed(8000), packed(*[64] * 125)
+    doubt = [model.upper_bound(shape) / model.predict(shape) - 1 for shape in (long, seen)]
+    assert doubt[0] > 3 * doubt[1]  # its squares were never told from its tokens
+
+
+def test_a_law_of_tokens_and_masks_needs_three_measurements() -> None:
+    """16,896 bytes a token and one a pair, as measured with a mask over all pairs; unpadded batches have none."""
+    shapes = [BatchShape(256, 1, 0, 256), BatchShape(495, 15, 16335, 33), BatchShape(1014, 26, 39546, 39)]
+    model = _observed(prior("padded"), shapes, lambda shape: 16896 * shape.tokens + shape.squares)
+    assert model.predict(BatchShape(1792, 7, 458752, 256)) == pytest.approx(16896 * 1792 + 458752, rel=1e-4)
+
+
+def test_the_attention_step_is_known_and_teaches_nothing_else() -> None:
+    """A mask over long sequences, or one sequence's scores, need more than the step that is learnt: both measured."""
+    xlmr = {"hidden_size": 256, "intermediate_size": 1024, "num_heads": 4}
+    masked = _observed(
+        prior("padded", **xlmr),
+        [BatchShape(1289, 1, 0, 1289), BatchShape(256, 8, 8192, 32), BatchShape(495, 15, 16335, 33)],
+        lambda shape: 11264 * shape.tokens + shape.squares,
+    )
+    long = BatchShape(3922, 2, 2 * 1961**2, 1961)
+    assert masked.predict(long) == pytest.approx(15965 * 3922, rel=1e-3)
+    masked.observe(long, 15965 * 3922)
+    assert masked.predict(BatchShape(2563, 11, 11 * 233**2, 233)) == pytest.approx(11497 * 2563, rel=1e-3)
+    scored = _observed(prior(**xlmr, score_limit=362), VARIED[1:4], lambda shape: 10272 * shape.tokens)
+    for length, per_token in ((253, 11256), (274, 11592), (40, 10272), (400, 10272)):
+        assert scored.predict(packed(length)) == pytest.approx(per_token * length, rel=1e-3)
+
+
+def test_a_rotary_table_is_shared_by_the_rows_of_a_padded_batch() -> None:
+    """Cosines and sines, 64 elements each, per position and not per row, as measured with GTE."""
+    gte = {"hidden_size": 256, "intermediate_size": 1024, "num_heads": 4, "gated": True, "small_mask": True}
+    known = prior("padded", **gte, rotary_size=64)
+    assert known.per_position_bytes == 512 and prior("packed", **gte, rotary_size=64).per_position_bytes == 0
+    shapes = [BatchShape(1289, 1, 1289**2, 1289), BatchShape(256, 8, 8192, 32), BatchShape(495, 15, 16335, 33)]
+    model = _observed(known, shapes, lambda shape: 16387 * shape.tokens + 512 * shape.longest)
+    assert model.predict(BatchShape(11, 1, 121, 11)) == pytest.approx(16899 * 11, rel=1e-3)
+    assert model.predict(BatchShape(6728, 29, 29 * 232**2, 232)) == pytest.approx(16387 * 6728 + 512 * 232, rel=1e-3)
+
+
+def test_few_sizes_ask_for_more() -> None:
+    """Until four sizes were measured: the least one worth it, then twice the largest; then no more."""
+    model = CostModel(KEY, prior())
+    assert model.wanted_probe(128) == 128
+    for tokens, wanted in ((256, 128), (512, 128), (130, 1024), (1030, None)):
+        model.observe(packed(tokens), 15392 * tokens)
+        assert model.wanted_probe(128) == wanted
 
 
 @settings(max_examples=50, deadline=None)

@@ -24,6 +24,7 @@ from memsafe.events import (
 from memsafe.planning.batch import BatchShape, TokenizedInput
 from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostModel
+from memsafe.planning.recovery import GiveUp
 from memsafe.runtime.executor import Executor
 from memsafe.runtime.jobs import BULK, Backlog, Job, QueueKey
 from memsafe.testing import SimulatedDevice, SimulatedModel
@@ -389,6 +390,47 @@ def test_waiting_is_bounded() -> None:
     assert bench.device.forwards == []
 
 
+def test_memory_that_comes_free_at_the_last_moment_is_used() -> None:
+    """Others give memory back between the refusal and giving up: the input runs, once more only, and is not lost."""
+    bench = lone("200MiB", 100, (), known=True, wait_s=0)
+    bench.device.take("150MiB")
+    decide = bench.executor._rescue._decider.decide
+
+    def late(failure: Any) -> Any:
+        actions = decide(failure)
+        if any(isinstance(action, GiveUp) for action in actions):
+            bench.device.give()
+        return actions
+
+    bench.executor._rescue._decider.decide = late  # type: ignore[method-assign]
+    assert len(bench.run(texts_of(1, 100))) == 1
+    assert bench.forwards == [(1, "done")]
+
+
+def test_an_error_tells_what_decided() -> None:
+    """Memory comes free after the decision: the error still names the need and what was free for it then."""
+    bench = lone("200MiB", 100, (), known=True, wait_s=0)
+    bench.device.take("150MiB")
+    give_up = bench.executor._rescue._give_up
+
+    def late(reason: str, work: Any) -> None:
+        bench.device.give()
+        give_up(reason, work)
+
+    bench.executor._rescue._give_up = late  # type: ignore[method-assign]
+    with pytest.raises(InputTooLargeError) as caught:
+        bench.run(texts_of(1, 100))
+    assert caught.value.need_bytes >= 100 * MiB > caught.value.free_bytes
+
+
+def test_an_input_that_failed_needed_more_than_was_free() -> None:
+    """Predictions far too low, and a real failure: the need that the error names is above what was free."""
+    bench = lone("50MiB", 100, (), known=False)
+    with pytest.raises(InputTooLargeError) as caught:
+        bench.run(texts_of(1, 100))
+    assert caught.value.need_bytes > caught.value.free_bytes
+
+
 def test_nobody_is_waited_for_who_is_not_there() -> None:
     """An input larger than the whole device fails at once, however long the policy would wait."""
     bench = lone("50MiB", 100, (), known=True, wait_s=60)
@@ -514,6 +556,17 @@ def test_a_redo_without_memory_is_recovered_like_any_other() -> None:
 
 
 # -- the search for the best size ----------------------------------------------------------------------------------
+
+
+def test_few_measurements_are_made_more() -> None:
+    """With few sizes measured, micro-batches of other sizes are run, as many as are allowed and no more; rows are equal."""
+    bench = Bench()
+    bench.executor._extra_probes = 2  # none on an accelerator, where every forward is measured anyway
+    texts = texts_of(200)
+    rows = bench.run(texts)
+    sizes = [forward.tokens for forward in bench.device.forwards]
+    assert sizes[:2] == [128, 256] and set(sizes[2:]) == {64}
+    assert (rows == reference(texts)).all()
 
 
 def test_the_first_micro_batches_grow_and_are_within_the_budget() -> None:

@@ -11,21 +11,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from memsafe.planning.batch import BatchShape
 from memsafe.planning.fit import FloatArray, fit
+from memsafe.planning.prior import CostPrior
 
 __all__ = ["SCHEMA", "CostKey", "CostModel", "CostPrior"]
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the JSON form; other versions are not read."""
 
 PROBES = 5
 """Measured shapes, well apart in tokens, after which a model's cost counts as known."""
+ENOUGH_PROBES = 4
+"""Fewer than this are worth measurements for their own sake."""
 
 UNCALIBRATED_MARGIN = 0.5
 """The first bound is 1.5 times the prior: its formula was within 1 % of BERT and GTE, but kernels and heads differ."""
@@ -69,59 +72,6 @@ class CostKey:
     def digest(self) -> str:
         """A short file name: 32 hexadecimal digits of SHA-256."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
-
-
-@dataclass(frozen=True)
-class CostPrior:
-    """Bytes that a forward is expected to need beyond the weights, per unit of each feature."""
-
-    fixed_bytes: float
-    per_token_bytes: float
-    per_sequence_bytes: float
-    per_square_bytes: float
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"{field.name}: got {value!r}; give a finite number of at least 0")
-
-    @classmethod
-    def for_architecture(
-        cls,
-        *,
-        hidden_size: int,
-        intermediate_size: int,
-        gated: bool,
-        num_heads: int,
-        bytes_per_element: int,
-        layout: str,
-        attention: str,
-        vocab_logits: int = 0,
-        small_mask: bool = False,
-    ) -> CostPrior:
-        """The prior of a transformer encoder with hidden size H, feed-forward size I and s bytes per element.
-
-        Feed-forward step, peak of tensors alive at once, measured with a tracker of torch's dispatcher for I/H from 1
-        to 8: ``(3*H + 2*I)*s`` bytes per token (BERT), ``(4*H + 3*I)*s`` if `gated` (GTE, Nomic). The attention step
-        is the larger one for a narrow feed-forward: 8*H*s, 10*H*s if gated. Inputs (ids, types, positions, mask) are
-        four int64 per token. A padded batch holds its mask per pair of tokens, one bool and one element (one bool
-        and one element per token with `small_mask`); eager attention two matrices of scores per head. `vocab_logits`:
-        the size of a vocabulary whose logits are computed for every token (SPLADE), else 0.
-        """
-        h, i, s = hidden_size, intermediate_size, bytes_per_element
-        per_token = float(max(4 * h + 3 * i, 10 * h) * s if gated else max(3 * h + 2 * i, 8 * h) * s)
-        per_token += 4 * 8 + vocab_logits * s
-        per_square = 0.0
-        if layout != "packed":
-            if small_mask:
-                per_token += 1 + s
-            else:
-                per_square += 1 + s
-        if attention == "eager":
-            per_square += 2 * num_heads * s
-        # one pooled row in the model's dtype, one in float32, offsets; workspaces of kernels as 64 KiB
-        return cls(64 * 1024.0, per_token, h * (s + 4) + 64.0, per_square)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +174,14 @@ class CostModel:
             _APART * tokens <= rung or tokens >= _APART * rung for rung in self._rungs
         )
 
+    def wanted_probe(self, least_tokens: int) -> int | None:
+        """A size worth a measurement of its own: `least_tokens`, or else twice the largest measured; None once
+        measurements are enough to tell a law of two features from chance."""
+        if len(self._rungs) >= ENOUGH_PROBES:
+            return None
+        sizes = (least_tokens, 2 * max(self._rungs, default=least_tokens))
+        return next((size for size in sizes if self.needs_probe(size)), None)
+
     # -------------------------------------------------------------- learning
 
     def observe(self, shape: BatchShape, live_bytes: int | None, resident_bytes: int | None = None) -> None:
@@ -279,7 +237,9 @@ class CostModel:
 
     def _predict(self, shape: BatchShape) -> float:
         c = self._c
-        return c[0] + c[1] * shape.tokens + c[2] * shape.sequences + c[3] * shape.squares
+        known = self.prior.per_position_bytes * shape.longest
+        learnt = known + c[0] + c[1] * shape.tokens + c[2] * shape.sequences + c[3] * shape.squares
+        return max(learnt, self.prior.attention_bytes(shape))
 
     def _upper(self, shape: BatchShape) -> float:
         predicted = self._predict(shape)
@@ -295,8 +255,11 @@ class CostModel:
             return
         self._stale, self._unread = False, 0
         measured = [(o.shape, o.live_bytes) for o in self._observations if o.live_bytes is not None]
+        # What masks or scores explain says nothing about the steps that coefficients are learnt for.
+        measured = [(shape, live) for shape, live in measured if self.prior.attention_bytes(shape) < 0.98 * live]
         x = np.array([[1.0, s.tokens, s.sequences, s.squares] for s, _ in measured], dtype=np.float64).reshape(-1, 4)
-        y = np.array([live for _, live in measured], dtype=np.float64)
+        known = self.prior.per_position_bytes
+        y = np.array([max(live - known * s.longest, 0.1 * live) for s, live in measured], dtype=np.float64)
         mean, deviation = self._prior_density(x, y)
         coefficients, covariance, residuals = fit(x, y, mean, deviation)
         if len(y) > 4 and float(np.sqrt(np.mean(residuals**2))) > _DOUBT:
@@ -373,7 +336,7 @@ class CostModel:
             model = cls(CostKey(**state["key"]), CostPrior(**state["prior"]))
             for row in state["observations"]:
                 *numbers, live, resident = (None if value is None else _whole(value) for value in row)
-                shape = BatchShape(*(_whole(value, least=1) for value in numbers))
+                shape = BatchShape(*(_whole(value, least=0 if i == 2 else 1) for i, value in enumerate(numbers)))
                 model._observations.append(_Observation(shape, live, resident))
             if len(model._observations) > _MAX_OBSERVATIONS:
                 raise ValueError("more observations than are ever kept")

@@ -16,8 +16,15 @@ FloatArray = NDArray[np.float64]
 _NOISE = 0.005
 """Expected relative scatter of a measurement, worth `_NOISE_WEIGHT` observations when the scatter is estimated."""
 _NOISE_WEIGHT = 4
-_EXACT = 2e-5
+_EXACT = 1e-4
 """Relative residuals below this are rounding: the observations have no noise."""
+_SPARE = 2
+"""Observations that an exact law of more than one coefficient must meet beyond their number, where others were left out;
+else one is enough: that it agrees to :data:`_EXACT` is no chance."""
+_APART = 2
+"""So many measurements may lie above an exact law: another step of the forward needed more there."""
+_SEARCHED = 6
+"""Up to so many measurements every choice is tried: the CPU takes no more than five of live bytes."""
 
 
 def fit(
@@ -26,25 +33,73 @@ def fit(
     """Most probable coefficients >= 0, shape (k,), their covariance, (k, k), and the relative residuals, (n,).
 
     x: features, shape (n, k); y: measurements > 0, shape (n,). mean, deviation: normal prior of the coefficients,
-    shape (k,), deviations > 0. A residual is ``measured / predicted - 1``: 1 % counts the same at every size. Where
-    more is measured than there are coefficients and all of it is met exactly, the prior has no influence.
+    shape (k,), deviations > 0. A residual is ``measured / predicted - 1``: 1 % counts the same at every size. Tensors
+    obey exact laws, often of fewer features than there are: where one smallest set of features meets the measurements
+    exactly, with one to spare, it is taken as it is, and the prior has no influence. A minority may lie above such a law
+    and shows in the residuals only.
     """
     rows = x / y[:, None] * deviation  # columns scaled by the prior's deviations: well-conditioned, unit-free
     start = mean / deviation
 
-    def solve(noise: float) -> tuple[FloatArray, FloatArray, FloatArray, int]:
-        matrix = np.vstack([rows / noise, np.eye(len(mean))])
-        z = non_negative_least_squares(matrix, np.concatenate([np.full(len(y), 1 / noise), start]))
-        return z, matrix, 1 / np.maximum(rows @ z, 1e-9) - 1, int(np.count_nonzero(z))
+    def residuals_of(z: FloatArray) -> FloatArray:
+        return 1 / np.maximum(rows @ z, 1e-9) - 1
 
-    noise = _NOISE
-    z, matrix, residuals, active = solve(1e-6)
-    if len(y) <= active or float(np.max(np.abs(residuals))) > _EXACT:
-        freedom = max(len(y) - active, 0)
-        noise = math.sqrt((_NOISE_WEIGHT * _NOISE**2 + float(residuals @ residuals)) / (_NOISE_WEIGHT + freedom))
-        z, matrix, residuals, active = solve(noise)
+    exact, certain = _law(rows)
+    for few in range(1, min(_APART, (len(y) - 1) // 2) + 1):
+        if not certain:
+            exact, certain = _law_below(rows, few)
+    if exact is not None:
+        z, noise = exact, _EXACT
+    else:
+        z = _solve(rows, start, _EXACT)
+        residuals, active = residuals_of(z), int(np.count_nonzero(z))
+        noise = _EXACT
+        if len(y) <= active or float(np.max(np.abs(residuals))) > _EXACT:
+            freedom = max(len(y) - active, 0)
+            noise = math.sqrt((_NOISE_WEIGHT * _NOISE**2 + float(residuals @ residuals)) / (_NOISE_WEIGHT + freedom))
+            z = _solve(rows, start, noise)
+    matrix = np.vstack([rows / noise, np.eye(len(mean))])
     covariance: FloatArray = np.linalg.inv(matrix.T @ matrix) * deviation[:, None] * deviation[None, :]
-    return z * deviation, covariance, residuals
+    return z * deviation, covariance, residuals_of(z)
+
+
+def _solve(rows: FloatArray, start: FloatArray, noise: float) -> FloatArray:
+    """The most probable z >= 0 given ``rows @ z == 1`` up to `noise`, and a prior of unit deviation around `start`."""
+    matrix = np.vstack([rows / noise, np.eye(len(start))])
+    return non_negative_least_squares(matrix, np.concatenate([np.full(len(rows), 1 / noise), start]))
+
+
+def _law(rows: FloatArray, spare: int = 1) -> tuple[FloatArray | None, bool]:
+    """Coefficients z >= 0, shape (k,), with ``rows @ z == 1`` but for rounding, of the smallest set of features that has
+    such, and whether there is such a set at all. No coefficients if several sets of that size do about as well."""
+    count, k = rows.shape
+    for size in range(1, k + 1):
+        if count - size < min(size, spare):
+            break
+        found = list[tuple[float, list[float]]]()
+        for active in combinations(range(k), size):
+            z = np.zeros(k)
+            z[list(active)] = np.linalg.lstsq(rows[:, active], np.ones(count), rcond=None)[0]
+            error = float(np.max(np.abs(rows @ z - 1)))
+            if np.all(z >= 0) and error <= _EXACT:
+                found.append((error, list(z)))
+        if found:
+            found.sort()
+            clear = len(found) == 1 or 10 * max(found[0][0], 1e-9) < found[1][0]
+            return np.array(found[0][1]) if clear else None, True
+    return None, False
+
+
+def _law_below(rows: FloatArray, few: int) -> tuple[FloatArray | None, bool]:
+    """As :func:`_law`, but `few` measurements may lie above it: where there are few they are searched for, among many
+    those that need most per the first features' sum are left out."""
+    count = len(rows)
+    most = [tuple(np.argsort(rows.sum(axis=1))[:few])]
+    for above in combinations(range(count), few) if count <= _SEARCHED else most:
+        z, certain = _law(np.delete(rows, above, axis=0), _SPARE)
+        if z is not None and float(np.max(rows @ z)) <= 1 + 2 * _EXACT:
+            return z, certain
+    return None, False
 
 
 def non_negative_least_squares(a: FloatArray, b: FloatArray) -> FloatArray:

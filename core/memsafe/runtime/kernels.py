@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SHORT_SCORES_BYTES", "attend_short", "choose", "cumulative", "short_limit"]
+__all__ = ["SHORT_SCORES_BYTES", "attend_short", "choose", "cumulative", "score_limit", "short_limit"]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 """(query, key, value: (1, heads, tokens, dim); starts: int32 (sequences + 1,); longest) -> (1, tokens, heads, dim)."""
@@ -173,9 +173,12 @@ _SHORT_THREADS = 4  # more of them wait for each other longer than these small o
 def short_limit(query: Tensor) -> int:
     """Sequences of up to so many tokens go to :func:`attend_short`; 0 for none. query: (1, heads, tokens, dim)."""
     single = query.device.type == "cpu" and query.dtype is torch.float32 and not query.requires_grad
-    return (
-        isqrt(SHORT_SCORES_BYTES // (4 * query.shape[1])) if single and torch.get_num_threads() <= _SHORT_THREADS else 0
-    )
+    return score_limit(query.shape[1]) if single and torch.get_num_threads() <= _SHORT_THREADS else 0
+
+
+def score_limit(heads: int) -> int:
+    """The tokens of the longest sequence whose scores take :data:`SHORT_SCORES_BYTES` at most."""
+    return isqrt(SHORT_SCORES_BYTES // (4 * heads))
 
 
 def attend_short(

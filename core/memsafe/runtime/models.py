@@ -177,6 +177,8 @@ class LoadedModel:
             attention="eager" if self.attention in ("eager", "none") else "sdpa",
             vocab_logits=logits,
             small_mask=self.check.small_mask_ok,
+            rotary_size=_rotary_size(self.config),
+            score_limit=kernels.score_limit(heads) if self.workspace_bytes and self.dtype == torch.float32 else 0,
         )
         window = _first(self.config, ("sliding_window", "local_attention"))
         if isinstance(window, int) and self.packed:
@@ -187,6 +189,14 @@ class LoadedModel:
             # Models with attention of their own add position biases: 1.3 times the plain scores in MPNet, 3 in DeBERTa-v2.
             prior = replace(prior, per_square_bytes=3 * prior.per_square_bytes)
         return prior
+
+    def cost_shape(self, batch: MicroBatch) -> BatchShape:
+        """The shape of `batch` as its memory shows it: where nothing is padded, transformers makes no mask over pairs."""
+        shape = batch.shape
+        masked = batch.num_tokens < shape.tokens or _first(self.config, ("sliding_window", "local_attention"))
+        if batch.packed or masked or self.check.small_mask_ok or self.attention != "sdpa":
+            return shape
+        return replace(shape, squares=0)
 
     @property
     def workspace_bytes(self) -> int:
@@ -455,6 +465,15 @@ def _architecture(config: Any, weights_bytes: int) -> tuple[int, int, bool, int,
         "albert",
     )
     return hidden, intermediate, gated, heads, layers
+
+
+def _rotary_size(config: Any) -> int:
+    """Elements per head that positions rotate; 0 for a model without rotary positions."""
+    get = getattr(config, "get_text_config", None)
+    config = get() if callable(get) else config
+    if _first(config, ("rope_parameters", "rope_theta")) is None:
+        return 0
+    return int(_first(config, ("head_dim",)) or config.hidden_size // config.num_attention_heads)
 
 
 def _first(config: Any, names: Sequence[str]) -> Any:

@@ -70,6 +70,7 @@ class Work:
 
     bound_bytes: what they are predicted to need at most. budget_bytes: what was free for them then. failures: how often
     memory ran out on them. refused: their bound is above the budget, so they were not started. rungs: fallbacks tried or predicted not to fit; used: those really run.
+    reprieved: memory came free just before they were given up.
     """
 
     batch: MicroBatch
@@ -82,6 +83,7 @@ class Work:
     used: tuple[str, ...] = ()
     waited_s: float = 0.0
     cleared: bool = False
+    reprieved: bool = False
 
 
 class Rescue:
@@ -145,7 +147,11 @@ class Rescue:
                     self._tell_fallback(action.rung, batch.items[0])
                 next_work.append(work)
             elif isinstance(action, GiveUp):
-                self._give_up(action.reason, work)
+                again = self.checked(replace(work, rung=None, reprieved=True), site)
+                if work.refused and not work.reprieved and not again.refused:
+                    next_work.append(again)  # others gave memory back since it was refused
+                else:
+                    self._give_up(action.reason, work)
         return next_work
 
     def _failure(self, work: Work, snapshot: MemorySnapshot) -> Failure:
@@ -224,7 +230,11 @@ class Rescue:
     def _give_up(self, reason: str, work: Work) -> None:
         with self._lock:
             need = self._cost.resident_bound(work.batch.shape)
-            free = max(self._budget.headroom_bytes(self._device.snapshot()), 0)
+            if work.refused:  # what is free may have changed since: the error tells what decided
+                free = work.budget_bytes
+            else:  # it was tried, and took more than was free
+                free = max(self._budget.headroom_bytes(self._device.snapshot()), 0)
+                need = max(need, free + 1)
         for item in work.batch.items:
             index = item.job.position(item.index)
             error = InputTooLargeError(

@@ -1,0 +1,89 @@
+"""What a micro-batch is expected to need before anything was measured: formulas of the architecture."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from memsafe.planning.batch import BatchShape
+
+__all__ = ["CostPrior"]
+
+
+@dataclass(frozen=True)
+class CostPrior:
+    """Bytes that a forward is expected to need beyond the weights, per unit of each feature.
+
+    per_position_bytes: per token of the longest sequence, shared by all sequences of a padded batch; taken as it is and not
+    learnt. attention_token_bytes, masked_square_bytes, score_square_bytes: the attention step, where it may need more than
+    every other: for its mask over all pairs of tokens, or for the scores of one sequence of up to `score_limit` tokens.
+    Taken as they are too.
+    """
+
+    fixed_bytes: float
+    per_token_bytes: float
+    per_sequence_bytes: float
+    per_square_bytes: float
+    per_position_bytes: float = 0.0
+    attention_token_bytes: float = 0.0
+    masked_square_bytes: float = 0.0
+    score_square_bytes: float = 0.0
+    score_limit: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{field.name}: got {value!r}; give a finite number of at least 0")
+
+    @classmethod
+    def for_architecture(
+        cls,
+        *,
+        hidden_size: int,
+        intermediate_size: int,
+        gated: bool,
+        num_heads: int,
+        bytes_per_element: int,
+        layout: str,
+        attention: str,
+        vocab_logits: int = 0,
+        small_mask: bool = False,
+        rotary_size: int = 0,
+        score_limit: int = 0,
+    ) -> CostPrior:
+        """The prior of a transformer encoder with hidden size H, feed-forward size I and s bytes per element.
+
+        Feed-forward step, peak of tensors alive at once, measured with a tracker of torch's dispatcher for I/H from 1
+        to 8: ``(3*H + 2*I)*s`` bytes per token (BERT), ``(4*H + 3*I)*s`` if `gated` (GTE, Nomic). The attention step
+        is the larger one for a narrow feed-forward: 8*H*s, 10*H*s if gated. Inputs (ids, types, positions, mask) are
+        four int64 per token. A padded batch holds its mask per pair of tokens, one bool and one element (one bool
+        and one element per token with `small_mask`); eager attention two matrices of scores per head. `vocab_logits`:
+        the size of a vocabulary whose logits are computed for every token (SPLADE), else 0. `rotary_size`: elements per
+        head that positions rotate, else 0; a padded batch has one table of cosines and sines for all its sequences. `score_limit`: the longest packed sequence
+        whose scores, (heads, length, length) in float32, are made, else 0.
+        """
+        h, i, s = hidden_size, intermediate_size, bytes_per_element
+        per_token = float(max(4 * h + 3 * i, 10 * h) * s if gated else max(3 * h + 2 * i, 8 * h) * s)
+        per_token += 4 * 8 + vocab_logits * s
+        per_square = 0.0
+        step = (0.0, 0.0, 0.0)  # the tensors beside masks and scores were measured with the tracker
+        if layout != "packed":
+            if small_mask:
+                per_token += 1 + s
+            else:
+                per_square += 1 + s
+                if attention != "eager":
+                    step = (6.0 * h * s + 16, 1.0 + s, 0.0)  # the mask as bool and as numbers
+        elif score_limit:
+            step = (7.0 * h * s + 40, 0.0, 4.0 * num_heads)
+        if attention == "eager":
+            per_square += 2 * num_heads * s
+        # one pooled row in the model's dtype, one in float32, offsets; workspaces of kernels as 64 KiB
+        tables = 0.0 if layout == "packed" else 2.0 * rotary_size * s
+        return cls(64 * 1024.0, per_token, h * (s + 4) + 64.0, per_square, tables, *step, score_limit)
+
+    def attention_bytes(self, shape: BatchShape) -> float:
+        """What the attention step of `shape` needs, masks or scores included."""
+        scores = self.score_square_bytes * shape.longest**2 if shape.longest <= self.score_limit else 0.0
+        return self.attention_token_bytes * shape.tokens + self.masked_square_bytes * shape.squares + scores
