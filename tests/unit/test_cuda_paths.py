@@ -196,6 +196,16 @@ def test_micro_batches_fit_a_launch_grid() -> None:
     assert (most("cpu", None), most("cpu", 100_000)) == (None, 100_000)
 
 
+def test_costs_are_kept_for_their_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Cards have kernels, and so costs, of their own; two of equal memory do not share what was learnt on one."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card of {device}")
+    assert models._card(types.SimpleNamespace(kind="cuda", name="cuda:1")) == "card of cuda:1"  # type: ignore[arg-type]
+    with Embedder(save_embedder(tmp_path / "bert", "bert"), device="cpu", memory={"learn": False}) as embedder:
+        before = embedder._engine.model.cost_key()
+        monkeypatch.setattr(models, "_card", lambda device: "another card")
+        assert embedder._engine.model.cost_key().digest() != before.digest()
+
+
 def test_a_self_check_is_kept_for_its_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What a check found on one card is not taken for another's, though both machines share a cache directory."""
     monkeypatch.setenv("MEMSAFE_CACHE_DIR", str(tmp_path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,13 @@ from memsafe.events import (
     ReportBuilder,
     Waited,
 )
-from memsafe.planning.batch import BatchShape, TokenizedInput
+from memsafe.planning.batch import BatchShape, MicroBatch, TokenizedInput
 from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostModel
 from memsafe.planning.recovery import GiveUp
-from memsafe.runtime.executor import Executor
-from memsafe.runtime.jobs import BULK, Backlog, Job, QueueKey
+from memsafe.runtime.dispatcher import Dispatcher
+from memsafe.runtime.executor import FAIRNESS, Executor, Ticket
+from memsafe.runtime.jobs import BULK, QUERY, Backlog, Job, QueueKey
 from memsafe.testing import SimulatedDevice, SimulatedModel
 
 NO_WAIT = MemoryPolicy(wait_s=0, reserve=0, learn=False)
@@ -67,8 +69,8 @@ class Bench:
         self.events: list[Event] = []
         self.finished: list[int] = []
 
-    def job(self, texts: Sequence[str]) -> Job:
-        key = QueueKey((BULK, None, ()))
+    def job(self, texts: Sequence[str], priority: int = BULK) -> Job:
+        key = QueueKey((priority, None, ()))
         job = Job(len(texts), key, {}, ReportBuilder(), self.finished.append, self.tell)
         encoded = self.model.encoder.encode(texts)
         items = [TokenizedInput(index, one.input_ids, job=job) for index, one in enumerate(encoded)]
@@ -556,6 +558,34 @@ def test_a_redo_without_memory_is_recovered_like_any_other() -> None:
 
 
 # -- the search for the best size ----------------------------------------------------------------------------------
+
+
+def test_what_could_not_start_counts_for_nobodys_turn() -> None:
+    """Only granted micro-batches of queries bring bulk work's turn nearer, not those that memory held back."""
+    bench = Bench("100MiB", known=True)
+    bench.job(texts_of(4))
+    bench.job(["what is asked"], QUERY)
+    for _ in range(3 * FAIRNESS):
+        assert bench.executor.admit(99 * MiB, 1, 2) is None
+    ticket = bench.executor.admit(0, 0, 2)
+    assert ticket is not None and ticket.batch.items[0].job.key.priority == QUERY
+
+
+def test_lanes_are_judged_by_what_began_under_them() -> None:
+    """A micro-batch that began under another division of the cores says nothing about the one that is tried now."""
+    dispatcher, recorded = Dispatcher(SimulatedDevice("1GiB", kind="cpu")), []
+    executor = SimpleNamespace(
+        lanes=(2, 1),
+        backlog=SimpleNamespace(pending=5),
+        model=SimpleNamespace(flops=lambda shape: shape.tokens),
+        record_lanes=lambda units, seconds: recorded.append(units),
+    )
+    items = tuple(TokenizedInput(i, np.arange(4, dtype=np.int32)) for i in range(2))
+    for running, counts in (((2, 1), 0), ((2, 1), 1), ((1, 2), 1), ((2, 1), 2)):  # the first has nothing before it
+        ticket = Ticket(MicroBatch(items, True), 1, 1, probe=False)
+        dispatcher._in_flight[ticket], dispatcher._running = executor, running  # type: ignore[assignment]
+        dispatcher._done(ticket)
+        assert recorded == [8] * counts
 
 
 def test_few_measurements_are_made_more() -> None:
