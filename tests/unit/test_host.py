@@ -325,6 +325,20 @@ def test_cores_under_nested_quotas_v2(machine: Machine, inner: str, outer: str, 
     assert machine.host().num_cores() == cores
 
 
+def test_cores_are_read_once_a_second(machine: Machine) -> None:
+    """They are asked for several times in each call; a quota that changes is seen a second later."""
+    machine.write("proc/self/cgroup", "0::/a\n")
+    machine.mounts(V2.format(root="/"))
+    machine.write("sys/fs/cgroup/a/cpu.max", "400000 100000\n")
+    host = machine.host()
+    assert host.num_cores() == 4
+    machine.write("sys/fs/cgroup/a/cpu.max", "200000 100000\n")
+    machine.now_s += 0.9
+    assert host.num_cores() == 4
+    machine.now_s += 0.2
+    assert host.num_cores() == 2
+
+
 def test_affinity_bounds_the_cores(machine: Machine) -> None:
     """Fewer allowed CPUs than the quota gives."""
     machine.cores = 2

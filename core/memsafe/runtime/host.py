@@ -110,6 +110,7 @@ class LinuxHost(Host):
         self._cgroup_text: bytes | None = None
         self._levels: tuple[_Level, ...] | None = None
         self._limits: _Limits | None = None
+        self._cores: tuple[int, float, int] | None = None  # and until when, in the clock's seconds; and the process
 
     def snapshot(self) -> MemorySnapshot:
         limits = self._current_limits()
@@ -156,6 +157,9 @@ class LinuxHost(Host):
     def num_cores(self) -> int:
         """Affinity, or the CPU quota of the cgroups where that is less. A fraction of a core is not a core: a thread
         too many makes all of them wait for it when the quota is used up."""
+        now, known = self._clock(), self._cores
+        if known is not None and known[1] > now and known[2] == os.getpid():
+            return known[0]
         text = _read(self._cgroup) or b""
         mounts = _read_all(f"{self._root}/proc/self/mountinfo")
         cores = float(self._affinity())
@@ -163,7 +167,8 @@ class LinuxHost(Host):
             cores = min(cores, _quota(directory, "cpu.cfs_quota_us", "cpu.cfs_period_us"))
         for directory in _directories(self._root, text, mounts, None):
             cores = min(cores, _quota(directory, "cpu.max"))
-        return max(int(cores), 1)
+        self._cores = (max(int(cores), 1), now + self._refresh_s, os.getpid())
+        return self._cores[0]
 
     def cpu_features(self) -> frozenset[str]:
         for line in (_read(f"{self._root}/proc/cpuinfo") or b"").splitlines():
