@@ -15,6 +15,7 @@ import pytest
 
 from memsafe import ClosedError, InputError, InputTooLargeError, MemoryPolicy
 from memsafe.planning.batch import MicroBatch
+from memsafe.runtime import dispatcher
 from memsafe.runtime.dispatcher import dispatcher_of
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder, SimulatedReranker
 from tests.concurrency.helpers import PATIENCE_S, Watch, occupy, pending, start, wait_until
@@ -226,6 +227,32 @@ def test_a_fault_while_choosing_is_reported_to_every_waiter(
         executor.admit = admit  # type: ignore[method-assign]
         assert embedder.embed_queries(["again"]).shape == (1, 8)
         assert reranker.score("q", ["a", "b"]).shape == (2,)
+
+
+def test_a_fault_while_choosing_harms_nobody_who_comes_later(device: SimulatedDevice) -> None:
+    """The lane that met the fault is slow to tell: a call that comes meanwhile is served by another lane."""
+    with SimulatedEmbedder(device) as embedder:
+        executor, told, go = embedder._engine.executors[0], threading.Event(), threading.Event()
+        admit = executor.admit
+
+        def broken(*args: object) -> None:
+            executor.admit = admit  # type: ignore[method-assign]
+            raise ZeroDivisionError("a fault of ours")
+
+        def slow(*args: object, **options: object) -> None:
+            told.set()
+            assert go.wait(PATIENCE_S)
+
+        executor.admit = broken  # type: ignore[method-assign]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatcher.log, "error", slow)
+            first = start(embedder.embed_queries, ["first"])
+            assert told.wait(PATIENCE_S)
+            later = start(embedder.embed_queries, ["later"])
+            wait_until(lambda: later.done() or pending(embedder) == 2, "the later call")
+            go.set()
+            assert later.result(PATIENCE_S).shape == (1, 8)
+            assert isinstance(first.exception(PATIENCE_S), ClosedError)
 
 
 # close()

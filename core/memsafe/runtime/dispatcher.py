@@ -44,6 +44,14 @@ def dispatcher_of(device: Device) -> Dispatcher:
         return _registry[device.name]
 
 
+class _ChoosingError(Exception):
+    """A fault while a micro-batch was chosen, and the jobs that waited then."""
+
+    def __init__(self, waiters: list[Job]) -> None:
+        super().__init__()
+        self.waiters = waiters
+
+
 class Dispatcher:
     """Owns a device's lanes and what is in flight on it."""
 
@@ -164,20 +172,21 @@ class Dispatcher:
                         executor.backlog.end(partial(_all_failed, executor.broken))
                     del executor, ticket, grant
         except BaseException as error:  # a fault of ours, before a micro-batch was chosen
-            self._report_death(error)
+            waiters = error.waiters if isinstance(error, _ChoosingError) else self._waiters()
+            cause = error.__cause__ or error
+            log.error("choosing a micro-batch ended in an unexpected error", exc_info=cause)
+            for job in waiters:
+                job.fail(self._death(cause))
         finally:
             with self._lock:
                 self._lanes.discard(threading.current_thread())
                 if not self._closing and not self._waiting and any(e.backlog.pending for e in self._executors):
                     self._start_lane()  # work that came while this lane was on its way out
 
-    def _report_death(self, error: BaseException) -> None:
-        log.error("choosing a micro-batch ended in an unexpected error", exc_info=error)
+    def _waiters(self) -> list[Job]:
         with self._lock:
             backlogs = {executor.backlog for executor in self._executors}
-        for backlog in backlogs:
-            for job in backlog.jobs():
-                job.fail(self._death(error))
+        return [job for backlog in backlogs for job in backlog.jobs()]
 
     def _death(self, error: BaseException) -> ClosedError:
         return ClosedError(f"the worker of {self.device.name} failed: {type(error).__name__}: {error}")
@@ -186,7 +195,10 @@ class Dispatcher:
         with self._lock:
             idle_since = time.monotonic()
             while not self._closing:
-                grant = self._grant()
+                try:
+                    grant = self._grant()
+                except BaseException as error:  # those who wait now: who comes later has nothing to do with it
+                    raise _ChoosingError(self._waiters()) from error
                 if grant is not None:
                     if not self._waiting and any(executor.backlog.pending for executor in self._executors):
                         self._start_lane()
