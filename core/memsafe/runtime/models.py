@@ -177,7 +177,7 @@ class LoadedModel:
             attention="eager" if self.attention in ("eager", "none") else "sdpa",
             vocab_logits=logits,
             small_mask=self.check.small_mask_ok,
-            rotary_size=_rotary_size(self.config),
+            rotary_size=_rotary_size(self.config, hidden // heads),
             score_limit=kernels.score_limit(heads) if self.workspace_bytes and self.dtype == torch.float32 else 0,
         )
         window = _first(self.config, ("sliding_window", "local_attention"))
@@ -467,13 +467,12 @@ def _architecture(config: Any, weights_bytes: int) -> tuple[int, int, bool, int,
     return hidden, intermediate, gated, heads, layers
 
 
-def _rotary_size(config: Any) -> int:
-    """Elements per head that positions rotate; 0 for a model without rotary positions."""
+def _rotary_size(config: Any, head_size: int) -> int:
+    """Elements per head that positions rotate, `head_size` where the config does not say; 0 without rotary positions."""
     get = getattr(config, "get_text_config", None)
     config = get() if callable(get) else config
-    if _first(config, ("rope_parameters", "rope_theta")) is None:
-        return 0
-    return int(_first(config, ("head_dim",)) or config.hidden_size // config.num_attention_heads)
+    rotary = _first(config, ("rope_parameters", "rope_theta")) is not None
+    return int(_first(config, ("head_dim",)) or head_size) if rotary else 0
 
 
 def _first(config: Any, names: Sequence[str]) -> Any:
