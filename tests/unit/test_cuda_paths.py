@@ -219,7 +219,7 @@ def test_a_self_check_is_kept_for_its_card(monkeypatch: pytest.MonkeyPatch, tmp_
             dtype=torch.float16,
             device=types.SimpleNamespace(kind="cuda", name="cuda:0"),
         )
-        return models._CheckStore(model, MemoryPolicy())
+        return models.LoadedModel._check_store(model, MemoryPolicy())
 
     check = selfcheck.SelfCheck(True, True)
     store("Tesla T4").save(check)

@@ -16,7 +16,8 @@ from memsafe.planning.batch import MicroBatch, TokenizedInput
 from memsafe.planning.cost import CostModel
 from memsafe.runtime import ladder
 from memsafe.runtime.device import CpuDevice, open_device
-from memsafe.runtime.models import LoadedModel, ModelSpec, load
+from memsafe.runtime.loading import load
+from memsafe.runtime.models import LoadedModel, ModelSpec
 from tests.models import ARCHITECTURES, available, save_embedder, save_reranker, tiny_config, tiny_model
 
 SLICEABLE = [name for name in ARCHITECTURES if name != "mpnet" and name != "deberta_v2" and available(name)]

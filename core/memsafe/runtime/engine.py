@@ -25,7 +25,8 @@ from memsafe.runtime.device import Device, open_device
 from memsafe.runtime.dispatcher import dispatcher_of
 from memsafe.runtime.executor import WORTH_RELEASING, Executor
 from memsafe.runtime.jobs import BULK, QUERY, Backlog, Job, QueueKey
-from memsafe.runtime.models import LoadedModel, ModelSpec, load
+from memsafe.runtime.loading import load
+from memsafe.runtime.models import LoadedModel, ModelSpec
 from memsafe.runtime.output import Rows
 
 __all__ = ["Engine"]

@@ -1,37 +1,30 @@
-"""A model on a device: loaded through sentence-transformers, checked, and ready to run micro-batches."""
+"""A model on a device: checked, and ready to run micro-batches."""
 
 from __future__ import annotations
 
-import importlib
-import json
-import logging
 import threading
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from memsafe.config import MemoryPolicy, cache_dir
-from memsafe.errors import ConfigError, MemsafeError, ModelError
+from memsafe.config import MemoryPolicy
+from memsafe.errors import ConfigError
 from memsafe.planning.batch import BatchShape, MicroBatch
 from memsafe.planning.cost import CostKey, CostPrior
 from memsafe.runtime import fuse, kernels, ladder, packing, sbert, weights
+from memsafe.runtime.architecture import Architecture
 from memsafe.runtime.device import Device, is_out_of_memory, open_device
-from memsafe.runtime.selfcheck import SelfCheck, run_self_check
+from memsafe.runtime.selfcheck import CheckStore, SelfCheck, run_self_check
 from memsafe.runtime.stub import PackedModel
 from memsafe.runtime.tokenizing import InputEncoder
 
-__all__ = ["LoadedModel", "ModelSpec", "load"]
-
-log = logging.getLogger("memsafe")
-
-_TOKEN_NAMES = ("input_ids", "token_type_ids", "attention_mask")
-_HALVES = (torch.float16, torch.bfloat16)
+__all__ = ["LoadedModel", "ModelSpec"]
 
 
 @dataclass(frozen=True)
@@ -45,59 +38,6 @@ class ModelSpec:
     max_length: int | None = None
     truncation: str = "longest_first"
     query_max_length: int | None = None
-
-
-def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int) -> LoadedModel:
-    """Load `spec` onto `device`; `room_bytes` is what the weights may take.
-
-    Raises :class:`ModelTooLargeError` before anything is loaded, :class:`ModelError` for a model that cannot be used.
-    """
-    reranker = spec.kind == "reranker"
-    if not isinstance(spec.model, str):
-        if spec.dtype is not None:
-            raise ConfigError(f"dtype: got {spec.dtype!r} with a loaded model; load it in that dtype, or pass its name")
-        if sbert.is_reranker(spec.model) != reranker:
-            other, wanted = ("Embedder", "CrossEncoder") if reranker else ("Reranker", "SentenceTransformer")
-            raise ModelError(f"model: got a {type(spec.model).__name__}; give it to {other}, or give a {wanted} here")
-        return LoadedModel(spec.model.eval(), spec, device, policy, revision="", name=type(spec.model).__name__)
-    options = dict(spec.options)
-    known = {name: options.get(name) for name in ("revision", "cache_folder")}
-    backend = options.get("backend", "torch")
-    checkpoint = weights.inspect(spec.model, kind=spec.kind, backend=backend, **known)
-    dtype = _dtype_name(spec.dtype, device)
-    model_kwargs = dict(options.get("model_kwargs") or {})
-    if dtype is not None:
-        if any(name in model_kwargs for name in ("dtype", "torch_dtype")):
-            raise ConfigError("dtype: given twice, as dtype and in model_kwargs; give it once")
-        model_kwargs["dtype"] = getattr(torch, dtype)
-    chosen = model_kwargs.get("dtype", model_kwargs.get("torch_dtype"))
-    target = str(chosen).removeprefix("torch.") if chosen not in (None, "auto") else _default_dtype(chosen)
-    if checkpoint is not None:
-        weights.check_fits(checkpoint, target, room_bytes, device.name)
-        if device.kind != "cpu":  # they pass through main memory, where nobody would say that it does not suffice
-            host = open_device("cpu")
-            weights.check_fits(checkpoint, target, host.snapshot().free_bytes, "cpu")
-    if model_kwargs:
-        options["model_kwargs"] = model_kwargs
-    library = importlib.import_module("sentence_transformers")
-    build = library.CrossEncoder if reranker else library.SentenceTransformer
-    st = None
-    try:
-        st = build(spec.model, device=device.name, **options).eval()
-    except MemsafeError:
-        raise
-    except Exception as error:  # whatever a damaged file makes of itself: pickle, zip, JSON, shapes, types
-        if isinstance(error, TypeError) and "argument" in str(error):
-            raise ConfigError(f"options: {error}") from error
-        if not is_out_of_memory(error):
-            raise ModelError(f"model: {spec.model!r} cannot be loaded: {type(error).__name__}: {error}") from error
-    if st is None:  # outside the block above, whose traceback holds what was loaded so far
-        device.release()
-        need = checkpoint.bytes_as(target) if checkpoint is not None else 0
-        raise weights.too_large(spec.model, checkpoint, need, device.snapshot().free_bytes, device.name)
-    if checkpoint is None:  # a hub id that was not on this machine before
-        checkpoint = weights.inspect(spec.model, kind=spec.kind, backend=backend, **known)
-    return LoadedModel(st, spec, device, policy, checkpoint.revision if checkpoint else "", spec.model)
 
 
 class LoadedModel:
@@ -117,8 +57,6 @@ class LoadedModel:
         self._policy = policy
         self._torch_device = torch.device(device.name)
         self._revision = revision
-        if spec.max_length is not None:
-            _set_max_length(st, spec.max_length)
         self.encoder = InputEncoder(
             st, pairs=spec.kind == "reranker", truncation=spec.truncation, query_max_length=spec.query_max_length
         )
@@ -148,6 +86,10 @@ class LoadedModel:
     def config(self) -> Any:
         return getattr(self.hf, "config", None)
 
+    @cached_property
+    def architecture(self) -> Architecture:
+        return Architecture.of(self.config, self.weights_bytes)
+
     @property
     def attention(self) -> str:
         return str(getattr(self.config, "_attn_implementation", None) or "none")
@@ -165,25 +107,25 @@ class LoadedModel:
         )
 
     def cost_prior(self) -> CostPrior:
-        hidden, intermediate, gated, heads, _ = _architecture(self.config, self.weights_bytes)
-        logits = getattr(self.config, "vocab_size", 0) if "MaskedLM" in type(self.hf).__name__ else 0
+        shape = self.architecture
+        heads = shape.num_heads
         prior = CostPrior.for_architecture(
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            gated=gated,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            gated=shape.gated,
             num_heads=heads,
             bytes_per_element=self.dtype.itemsize,
             layout="packed" if self.packed else "padded",
             attention="eager" if self.attention in ("eager", "none") else "sdpa",
-            vocab_logits=logits,
+            vocab_logits=shape.vocab_size if "MaskedLM" in type(self.hf).__name__ else 0,
             small_mask=self.check.small_mask_ok,
-            rotary_size=_rotary_size(self.config, hidden // heads),
+            rotary_size=shape.rotary_size,
             score_limit=kernels.score_limit(heads) if self.workspace_bytes and self.dtype == torch.float32 else 0,
         )
-        window = _first(self.config, ("sliding_window", "local_attention"))
-        if isinstance(window, int) and self.packed:
-            prior = replace(prior, fixed_bytes=prior.fixed_bytes + packing.window_bytes(window, self.dtype.itemsize))
-        elif isinstance(window, int):  # padded: a mask for the window, one for all, and one in the making
+        if shape.window is not None and self.packed:
+            masks = packing.window_bytes(shape.window, self.dtype.itemsize)
+            prior = replace(prior, fixed_bytes=prior.fixed_bytes + masks)
+        elif shape.window is not None:  # padded: a mask for the window, one for all, and one in the making
             prior = replace(prior, per_square_bytes=3 * prior.per_square_bytes)
         if prior.per_square_bytes and self.attention == "eager":
             # Models with attention of their own add position biases: 1.3 times the plain scores in MPNet, 3 in DeBERTa-v2.
@@ -193,7 +135,7 @@ class LoadedModel:
     def cost_shape(self, batch: MicroBatch) -> BatchShape:
         """The shape of `batch` as its memory shows it: where nothing is padded, transformers makes no mask over pairs."""
         shape = batch.shape
-        masked = batch.num_tokens < shape.tokens or _first(self.config, ("sliding_window", "local_attention"))
+        masked = batch.num_tokens < shape.tokens or self.architecture.window
         if batch.packed or masked or self.check.small_mask_ok or self.attention != "sdpa":
             return shape
         return replace(shape, squares=0)
@@ -214,7 +156,7 @@ class LoadedModel:
         if rung == "cpu":
             return 0
         prior = self.cost_prior()
-        h, i, gated, _, _ = _architecture(self.config, self.weights_bytes)
+        h, i, gated = self.architecture.hidden_size, self.architecture.intermediate_size, self.architecture.gated
         size = self.dtype.itemsize
         # What cost.py counts for the plain forward, with the widest tensors cut to one slice.
         slices = min(ladder.SLICE_TOKENS / max(shape.tokens, 1), 1.0) if self.can("chunk") else 1.0
@@ -226,10 +168,8 @@ class LoadedModel:
         return min(int(1.1 * (plain + per_token * shape.tokens)), bound_bytes)
 
     def flops(self, shape: BatchShape) -> float:
-        """Floating-point operations of one forward: 2 per weight and token, and 4*H per pair of tokens and layer."""
-        hidden, intermediate, gated, _, layers = _architecture(self.config, self.weights_bytes)
-        per_token = 2 * layers * (4 * hidden * hidden + (3 if gated else 2) * hidden * intermediate)
-        return float(per_token * shape.tokens + 4 * layers * hidden * shape.squares)
+        """Floating-point operations of one forward; see :meth:`Architecture.flops`."""
+        return self.architecture.flops(shape)
 
     # running
 
@@ -364,11 +304,12 @@ class LoadedModel:
         installed = packing.install(self.hf)
         if not installed:
             return SelfCheck(False, False, installed.reason)
-        store = _CheckStore(self, policy)
-        check = store.load()
+        store = self._check_store(policy)
+        check = store.load() if store is not None else None
         if check is None:
             check = self._run_self_check()
-            store.save(check)
+            if store is not None:
+                store.save(check)
         if not check.packed_ok and not check.small_mask_ok:
             packing.uninstall(self.hf)
         else:
@@ -378,6 +319,12 @@ class LoadedModel:
         if check.packed_ok:
             self._packed_model = PackedModel(self.st, head=check.head)
         return check
+
+    def _check_store(self, policy: MemoryPolicy) -> CheckStore | None:
+        """Where the check of this model is remembered; None for a model without a revision, or if nothing may be."""
+        if not self._revision or not policy.learn:
+            return None
+        return CheckStore([self.kind, self.name, self._revision, str(self.dtype), _card(self.device)])
 
     def _run_self_check(self) -> SelfCheck:
         """Once more after an out-of-memory error; a neighbour may have come. Raises :class:`ModelTooLargeError`."""
@@ -401,113 +348,3 @@ def final_rows_of(st: Any, features: Mapping[str, Any]) -> Tensor:
 def _card(device: Device) -> str:
     """What kernels and speeds depend on: cards have kernels of their own, and machines of a cluster share the cache."""
     return torch.cuda.get_device_name(torch.device(device.name)) if device.kind == "cuda" else device.kind
-
-
-class _CheckStore:
-    """Remembers self-checks by model revision, dtype, device kind and library versions."""
-
-    def __init__(self, model: LoadedModel, policy: MemoryPolicy) -> None:
-        import hashlib
-        import os
-
-        import transformers
-
-        st_version = importlib.import_module("sentence_transformers").__version__
-        key = [model.kind, model.name, model._revision, str(model.dtype), _card(model.device), torch.__version__]
-        key += [transformers.__version__, st_version, "2"]
-        self._usable = bool(model._revision) and policy.learn
-        self._file = os.path.join(
-            cache_dir(), "checks", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32] + ".json"
-        )
-
-    def load(self) -> SelfCheck | None:
-        if not self._usable:
-            return None
-        try:
-            with open(self._file, encoding="utf-8") as stream:
-                return SelfCheck(**json.load(stream))
-        except (OSError, ValueError, TypeError):
-            return None
-
-    def save(self, check: SelfCheck) -> None:
-        if not self._usable:
-            return
-        import os
-        from dataclasses import asdict
-
-        try:
-            os.makedirs(os.path.dirname(self._file), exist_ok=True)
-            with open(f"{self._file}.{os.getpid()}", "w", encoding="utf-8") as stream:
-                json.dump(asdict(check), stream)
-            os.replace(f"{self._file}.{os.getpid()}", self._file)
-        except OSError as error:
-            log.debug("the self-check could not be remembered: %s", error)
-
-
-def _architecture(config: Any, weights_bytes: int) -> tuple[int, int, bool, int, int]:
-    """(hidden size, feed-forward size, gated, heads, layers), by the names that transformers' configs use."""
-    get = getattr(config, "get_text_config", None)
-    config = get() if callable(get) else config
-    hidden = int(_first(config, ("hidden_size", "dim", "d_model")) or max(64, int((weights_bytes / 48) ** 0.5) // 8))
-    intermediate = int(_first(config, ("intermediate_size", "hidden_dim", "d_ff", "ffn_dim", "n_inner")) or 4 * hidden)
-    heads = int(_first(config, ("num_attention_heads", "n_heads", "num_heads")) or max(1, hidden // 64))
-    layers = int(_first(config, ("num_hidden_layers", "n_layers", "num_layers")) or 12)
-    kind = str(getattr(config, "model_type", ""))
-    gated = kind not in (
-        "bert",
-        "roberta",
-        "xlm-roberta",
-        "electra",
-        "distilbert",
-        "mpnet",
-        "deberta-v2",
-        "camembert",
-        "albert",
-    )
-    return hidden, intermediate, gated, heads, layers
-
-
-def _rotary_size(config: Any, head_size: int) -> int:
-    """Elements per head that positions rotate, `head_size` where the config does not say; 0 without rotary positions."""
-    get = getattr(config, "get_text_config", None)
-    config = get() if callable(get) else config
-    rotary = _first(config, ("rope_parameters", "rope_theta")) is not None
-    return int(_first(config, ("head_dim",)) or head_size) if rotary else 0
-
-
-def _first(config: Any, names: Sequence[str]) -> Any:
-    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
-
-
-def _dtype_name(dtype: Any, device: Device) -> str | None:
-    """The dtype to load in, or None for the checkpoint's. Raises :class:`ConfigError` for one that is unknown."""
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    if name == "auto":
-        return next((half for half in ("bfloat16", "float16") if device.supports(half)), "float32")
-    if name not in ("float32", "float16", "bfloat16"):
-        raise ConfigError(f"dtype: got {dtype!r}; choose from None, 'auto', 'float32', 'float16', 'bfloat16'")
-    if name != "float32" and not device.supports(name):
-        warnings.warn(f"{device.name} has no native {name}; it will be emulated, slowly", stacklevel=4)
-    return name
-
-
-def _default_dtype(chosen: Any) -> str | None:
-    """What transformers loads in when nothing is said: the stored dtype since version 5, float32 before."""
-    version = importlib.import_module("transformers").__version__
-    return None if chosen == "auto" or int(version.split(".")[0]) >= 5 else "float32"
-
-
-def _set_max_length(st: Any, max_length: int) -> None:
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
-        raise ConfigError(f"max_length: got {max_length!r}; give an int of at least 1, in tokens")
-    config = getattr(sbert.hf_model(st), "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise ConfigError(f"max_length: got {max_length}, but the model has {positions} positions; give at most that")
-    if hasattr(type(st), "max_seq_length"):
-        st.max_seq_length = max_length
-    else:
-        st.max_length = max_length
-        st.tokenizer.model_max_length = max_length

@@ -7,20 +7,28 @@ non-number is left off, with the reason.
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import json
+import logging
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from memsafe.config import cache_dir
 from memsafe.runtime import fuse, packing
 from memsafe.runtime.device import is_out_of_memory
 from memsafe.runtime.stub import HEADS, PackedModel
 
-__all__ = ["SelfCheck", "run_self_check", "tolerance"]
+__all__ = ["CheckStore", "SelfCheck", "run_self_check", "tolerance"]
+
+log = logging.getLogger("memsafe")
 
 
 @dataclass(frozen=True)
@@ -258,3 +266,34 @@ def _random_ids(encoder: nn.Module, tokenizer: Any, lengths: Sequence[int], seed
 
 def _first_of(tokenizer: Any, *names: str) -> int | None:
     return next((value for name in names if (value := getattr(tokenizer, name, None)) is not None), None)
+
+
+class CheckStore:
+    """Remembers one model's self-check on disk. key: the model, its revision and dtype, and what it runs on; the
+    versions of the libraries that its forward goes through are added. Losing it costs another check, nothing else."""
+
+    _FORMAT = "2"
+
+    def __init__(self, key: Sequence[str]) -> None:
+        versions = [importlib.import_module(name).__version__ for name in ("transformers", "sentence_transformers")]
+        whole = json.dumps([*key, torch.__version__, *versions, self._FORMAT])
+        name = hashlib.sha256(whole.encode()).hexdigest()[:32]
+        self._file = os.path.join(cache_dir(), "checks", f"{name}.json")
+
+    def load(self) -> SelfCheck | None:
+        """What was found, or None."""
+        try:
+            with open(self._file, encoding="utf-8") as stream:
+                return SelfCheck(**json.load(stream))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def save(self, check: SelfCheck) -> None:
+        try:
+            os.makedirs(os.path.dirname(self._file), exist_ok=True)
+            temporary = f"{self._file}.{os.getpid()}"
+            with open(temporary, "w", encoding="utf-8") as stream:
+                json.dump(asdict(check), stream)
+            os.replace(temporary, self._file)
+        except OSError as error:
+            log.debug("the self-check could not be remembered: %s", error)
