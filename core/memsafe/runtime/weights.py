@@ -133,7 +133,7 @@ def _from_cache(model: str, revision: str | None, cache_folder: str | None) -> P
 def _read(folder: Path, backend: str) -> Checkpoint:
     if not any(folder.iterdir()):
         raise ModelError(f"model: the folder {folder} is empty; it needs a saved model (config.json and weights)")
-    config, modules = _json(folder / "config.json"), _json(folder / "modules.json")
+    config, modules = _json(folder / "config.json", dict), _json(folder / "modules.json", list)
     if config is None and modules is None:
         raise ModelError(
             f"model: {folder} has neither config.json nor modules.json; it is no saved model, or half a copy of one"
@@ -163,7 +163,7 @@ def _read(folder: Path, backend: str) -> Checkpoint:
 
 
 def _kind(folder: Path, config: Any, modules: Any) -> str | None:
-    saved = (_json(folder / "config_sentence_transformers.json") or {}).get("model_type")
+    saved = (_json(folder / "config_sentence_transformers.json", dict) or {}).get("model_type")
     if saved in ("SentenceTransformer", "CrossEncoder"):
         return "embedding" if saved == "SentenceTransformer" else "reranker"
     if modules is not None:
@@ -174,11 +174,15 @@ def _kind(folder: Path, config: Any, modules: Any) -> str | None:
     return "embedding" if architectures and all(name.endswith("Model") for name in architectures) else None
 
 
-def _json(file: Path) -> Any:
+def _json(file: Path, kind: type) -> Any:
+    """The content of `file`, a `kind`; None if there is no such file."""
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, kind):
+            raise ValueError(f"it holds a {type(content).__name__} where a {kind.__name__} is needed")
+        return content
     except (ValueError, OSError) as error:
         raise ModelError(
             f"model: {file} cannot be read as JSON ({error}); the copy is damaged, fetch it again"
