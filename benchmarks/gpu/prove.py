@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # run as a file
     sys.path.insert(0, str(ROOT))
-if str(ROOT / "core") not in sys.path and not importlib.util.find_spec("memsafe"):  # not installed on a lent machine
+if str(ROOT / "core") not in sys.path and not importlib.util.find_spec("memsafe"):  # not installed on a bare machine
     sys.path.insert(0, str(ROOT / "core"))
 
 from benchmarks.gpu import common  # noqa: E402
