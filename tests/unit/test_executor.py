@@ -25,6 +25,7 @@ from memsafe.events import (
 from memsafe.planning.batch import BatchShape, MicroBatch, TokenizedInput
 from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostModel
+from memsafe.planning.ramp import LaneChoice
 from memsafe.planning.recovery import GiveUp
 from memsafe.runtime.dispatcher import Dispatcher
 from memsafe.runtime.executor import FAIRNESS, Executor, Ticket
@@ -578,7 +579,7 @@ def test_lanes_are_judged_by_what_began_under_them() -> None:
         lanes=(2, 1),
         backlog=SimpleNamespace(pending=5),
         model=SimpleNamespace(flops=lambda shape: shape.tokens),
-        record_lanes=lambda units, seconds: recorded.append(units),
+        record_lanes=lambda units, seconds, cpu_seconds: recorded.append(units),
     )
     items = tuple(TokenizedInput(i, np.arange(4, dtype=np.int32)) for i in range(2))
     for running, counts in (((2, 1), 0), ((2, 1), 1), ((1, 2), 1), ((2, 1), 2)):  # the first has nothing before it
@@ -586,6 +587,20 @@ def test_lanes_are_judged_by_what_began_under_them() -> None:
         dispatcher._in_flight[ticket], dispatcher._running = executor, running  # type: ignore[assignment]
         dispatcher._done(ticket)
         assert recorded == [8] * counts
+
+
+@pytest.mark.parametrize(("cpu_share", "kept"), [(0.95, [2]), (0.5, [])])
+def test_lanes_chosen_while_others_compute_are_not_kept(cpu_share: float, kept: list[int]) -> None:
+    """A choice that another process may have spoilt serves this process alone; the next one searches again."""
+    bench = Bench("1GiB", known=True)
+    executor, remembered = bench.executor, []
+    executor.lane_choice = LaneChoice(2)
+    executor._remember = lambda cost: remembered.append(cost.lanes)
+    for _ in range(40):
+        units = 100.0 if executor.lane_choice.current() == (2, 1) else 50.0
+        executor.record_lanes(units, 0.5, 0.5 * 2 * cpu_share)
+    assert executor.lane_choice.current() == (2, 1) and executor.lane_choice.done
+    assert remembered == kept
 
 
 def test_few_measurements_are_made_more() -> None:

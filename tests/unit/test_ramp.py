@@ -163,14 +163,27 @@ def test_impossible_ramps_are_refused(options: dict[str, Any]) -> None:
         Ramp(**options)
 
 
-def test_where_measurements_are_steady_the_ramp_stops_at_the_first_size_that_is_not_better() -> None:
-    """Two measurements that are not better end it, without a look at one size more."""
-    ramp = Ramp(0.02, 256, further=False)
-    for size, seconds in ((256, 1.0), (256, 1.0), (512, 1.5), (1024, 3.1), (1024, 3.0)):
+@pytest.mark.parametrize(
+    ("trials", "target"),
+    [
+        # 512 is better, 1,024 is not: no look at 2,048.
+        (((256, 1.0), (256, 1.0), (512, 1.5), (1024, 3.1), (1024, 3.0)), 512),
+        # 512 happens not to be better; 1,024 is by more than two doublings' worth, and 2,048 is not.
+        (((256, 1.0), (256, 1.0), (512, 2.0), (512, 1.98), (1024, 3.5), (2048, 7.0), (2048, 7.1)), 1024),
+        # Neither is.
+        (((256, 1.0), (256, 1.0), (512, 2.0), (512, 1.98), (1024, 4.0), (1024, 3.9)), 256),
+    ],
+)
+def test_beyond_a_size_the_first_that_is_not_better_ends_the_ramp(
+    trials: tuple[tuple[int, float], ...], target: int
+) -> None:
+    """Up to that size one accident is forgiven: one size more is tried."""
+    ramp = Ramp(0.02, 256, further_until=512)
+    for size, seconds in trials:
         assert ramp.max_tokens == size
         assert not ramp.done
         ramp.record(size, seconds)
-    assert (ramp.done, ramp.target_tokens, ramp.at_knee) == (True, 512, True)
+    assert (ramp.done, ramp.target_tokens, ramp.at_knee) == (True, target, True)
 
 
 # ---------------------------------------------------------------- lanes
@@ -261,6 +274,49 @@ def test_the_first_record_of_each_candidate_only_warms_up() -> None:
     assert choice.rates == {(2, 1): 100.0, (1, 2): 105.0}
     choice.record(1, 100.0)
     assert choice.current() == (1, 2), "once chosen it stays"
+
+
+def test_a_candidate_far_behind_is_given_up_early() -> None:
+    """A few micro-batches at half the best rate are enough; as many as lanes and one, since lanes may end together."""
+    choice = LaneChoice(2, window_s=1.0)
+    for _ in range(2):
+        choice.record(100, 1.0)
+    for _ in range(2):  # a warm-up, and one that may be an accident
+        choice.record(5, 0.1)
+        assert not choice.done
+    choice.record(5, 0.1)
+    assert (choice.done, choice.current()) == (True, (2, 1))
+    other = LaneChoice(2, window_s=1.0)
+    for units in (100, 100, 8, 8, 8):
+        other.record(units, 1.0 if units == 100 else 0.1)
+    assert not other.done, "not so far behind: its whole window is measured"
+
+
+def test_lanes_are_measured_again_while_others_take_their_cores() -> None:
+    """Windows in which other processes had part of the cores are repeated, and the best one counts."""
+    choice = LaneChoice(2, window_s=1.0)
+    choice.record(50, 1.0, 1.0)
+    for _ in range(2):
+        choice.record(50, 1.0, 1.0)  # half of the two cores
+        assert choice.current() == (2, 1) and not choice.rates
+    choice.record(100, 1.0, 1.9)
+    assert choice.rates == {(2, 1): 100}
+    for _ in range(2):
+        choice.record(75, 1.0, 1.0)  # threads that wait for each other use no time: nothing can be told from it
+    assert (choice.done, choice.current(), choice.steady) == (True, (2, 1), True)
+
+
+def test_a_choice_made_among_others_is_not_kept() -> None:
+    """If others compute all the time the search ends all the same, and says that it is not to be relied upon."""
+    choice = LaneChoice(2, window_s=1.0)
+    choice.record(50, 1.0, 1.0)
+    for window in range(4):
+        assert choice.current() == (2, 1)
+        choice.record(40 + window, 1.0, 1.0)
+    for _ in range(2):
+        choice.record(80, 1.0, 1.9)
+    assert (choice.done, choice.current(), choice.steady) == (True, (1, 2), False)
+    assert choice.rates == {(2, 1): 43, (1, 2): 80}
 
 
 def test_no_cores_are_refused() -> None:

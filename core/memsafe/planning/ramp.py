@@ -15,8 +15,14 @@ _FILLED = 0.5
 
 
 _CLEAR = 1.1
-"""Lanes that are so many times as fast as any other need no second measurement: two lanes on two cores were 1.25 to 1.4
+"""Lanes that are so many times as fast as any other need no second measurement: two lanes on two cores were 1.25 to 1.8
 times as fast as one."""
+_HOPELESS = 0.7
+"""A candidate below this share of the best rate is given up after a few micro-batches: its whole window would be lost time."""
+_OWN_CORES = 0.85
+"""The share of all cores that lanes of one thread each have, if nobody else computes: 0.91 to 0.97 was measured."""
+_WINDOWS = 4
+"""While others compute, the first candidate is measured so many times at most."""
 
 
 class Ramp:
@@ -27,8 +33,8 @@ class Ramp:
     start_tokens: the first size. ceiling: never beyond this; None for no ceiling (see also :meth:`bound`). Below one and
     a half times the first size it leaves nothing to search: :attr:`done` from the start.
     target_tokens: the result of an earlier ramp, which is then used and not searched again.
-    further: whether, once two measurements of a size were not better, one size further is looked at before stopping:
-    measurements by wall clock on shared machines are noisy.
+    further_until: up to this size, one size further is looked at once two measurements of one were not better, since
+    measurements on shared machines are noisy; beyond it the first size that is not better ends the ramp.
 
     The first micro-batch of all only warms up and does not count.
     """
@@ -40,7 +46,7 @@ class Ramp:
         ceiling: int | None = None,
         *,
         target_tokens: int | None = None,
-        further: bool = True,
+        further_until: float = math.inf,
     ) -> None:
         if not 0 <= policy_knee < math.inf:
             raise ValueError(f"policy_knee: got {policy_knee}; give a finite fraction of at least 0")
@@ -48,7 +54,7 @@ class Ramp:
             raise ValueError("start_tokens and ceiling must be at least 1")
         self._knee = policy_knee
         self._ceiling = ceiling
-        self._further = further
+        self._further_until = further_until
         self._sizes = [start_tokens if ceiling is None else min(start_tokens, ceiling)]
         self._rates: dict[int, float] = {}  # size -> best rate seen, in tokens (or cost units) per second
         self._samples = 0  # of the current size
@@ -105,7 +111,7 @@ class Ramp:
             self._grow()
         elif self._samples >= 2:
             # The second size in a row that is not better than the best: enough. (Or the first.)
-            if not self._further or (len(self._sizes) > 1 and self._sizes[-2] != self._best):
+            if size > self._further_until or (len(self._sizes) > 1 and self._sizes[-2] != self._best):
                 self._target, self._at_knee = self._best, True
             else:
                 self._grow()
@@ -136,9 +142,9 @@ class LaneChoice:
 
     Candidates are (lanes, threads per lane) with ``lanes * threads == num_cores``: N x 1, as during the ramp and mostly
     the fastest, ..., 4 x N/4, 2 x N/2, 1 x N. Each is tried for `window_s` seconds of wall clock; the search stops
-    early once two in a row are worse.
+    early once two in a row are worse, and a candidate that is far behind is given up before its time.
     If the best two are within 10 %, both are measured once more, and the better of each one's two rates counts: noise
-    only slows.
+    only slows. N x 1, whose share of the cores is known, is measured again while other processes take part of it.
     Of candidates within `knee` of the fastest the one with the fewest lanes wins: lanes multiply memory.
     max_lanes: never more lanes than this, for example for memory's sake.
     chosen: the lanes that an earlier search chose; used, and not searched again, if they are a candidate here.
@@ -160,6 +166,7 @@ class LaneChoice:
         if lanes[-1] != num_cores:
             lanes.append(num_cores)
         self.candidates = [(count, num_cores // count) for count in reversed(lanes) if count <= most]
+        self._num_cores = num_cores
         self._window_s = window_s
         self._knee = knee
         self._position = 0
@@ -167,7 +174,13 @@ class LaneChoice:
         self._again: list[int] | None = None  # positions still to be measured a second time
         self._tokens = 0.0
         self._seconds = 0.0
+        self._cpu_seconds = 0.0
+        self._records = 0
+        self._windows = 0
+        self._fastest = 0.0  # of this candidate's windows
         self._warm = False
+        self.steady = True
+        """Whether the choice is worth keeping for another day: not if others were computing all the time."""
         known = [candidate for candidate in self.candidates if candidate[0] == chosen or len(self.candidates) == 1]
         self._choice = known[0] if known else None
 
@@ -184,8 +197,9 @@ class LaneChoice:
         """(lanes, threads per lane) to run with now: the candidate being measured, or the choice once done."""
         return self.candidates[self._position] if self._choice is None else self._choice
 
-    def record(self, tokens: float, seconds: float) -> None:
-        """Tell that all lanes together finished `tokens` (or cost units) in `seconds` of wall clock.
+    def record(self, tokens: float, seconds: float, cpu_seconds: float | None = None) -> None:
+        """Tell that all lanes together finished `tokens` (or cost units) in `seconds` of wall clock, for which the process
+        used `cpu_seconds`; None if that is not known.
 
         The first record of each candidate only warms up (new threads, memory touched for the first time).
         """
@@ -196,10 +210,24 @@ class LaneChoice:
             return
         self._tokens += tokens
         self._seconds += seconds
-        if self._seconds < self._window_s:
-            return
+        self._cpu_seconds += seconds * self._num_cores if cpu_seconds is None else cpu_seconds
+        self._records += 1
+        lanes, threads = self.candidates[self._position]
         rate = self._tokens / self._seconds
-        self._tokens, self._seconds, self._warm = 0.0, 0.0, False
+        # As many records as lanes and one: lanes that end together make single intervals meaningless.
+        hopeless = self._records > lanes and rate < _HOPELESS * max(self._rates, default=0.0)
+        if self._seconds < self._window_s and not hopeless:
+            return
+        own = self._cpu_seconds / (self._seconds * self._num_cores)
+        self._tokens = self._seconds = self._cpu_seconds = 0.0
+        self._records = 0
+        self._fastest = max(rate, self._fastest)
+        if threads == 1 and self._again is None:
+            self._windows += 1
+            self.steady = own >= _OWN_CORES
+            if not self.steady and self._windows < _WINDOWS:
+                return
+        rate, self._fastest, self._warm = self._fastest, 0.0, False
         if self._again is None:
             self._rates.append(rate)
             ranked = sorted(range(len(self._rates)), key=self._rates.__getitem__, reverse=True)

@@ -69,7 +69,7 @@ class Dispatcher:
         self._closing = False
         self._forking = False
         self._passed: dict[tuple[Executor, int], int] = {}  # grants to others while work of this priority waited
-        self._last_done: float | None = None
+        self._last_done: tuple[float, float] | None = None  # wall clock, and processor time of the process
         self._running: tuple[int, int | None] | None = None
 
     def attach(self, executor: Executor) -> None:
@@ -276,7 +276,7 @@ class Dispatcher:
         return list(dict.fromkeys(executor for executor, _ in sorted(waiting, key=rank)))
 
     def _done(self, ticket: Ticket) -> None:
-        now = time.perf_counter()
+        now, cpu_now = time.perf_counter(), time.process_time()
         with self._lock:
             executor = self._in_flight.pop(ticket)
             self._paused.discard(ticket)
@@ -285,8 +285,9 @@ class Dispatcher:
             # What was begun under another division of the cores says nothing about the one that is tried now.
             counts = ticket.fits and not ticket.probe and executor.lanes == self._running
             if self._last_done is not None and busy_on and counts:
-                executor.record_lanes(executor.model.flops(ticket.batch.shape), now - self._last_done)
-            self._last_done = now if busy_on or self._in_flight else None
+                last, cpu_last = self._last_done
+                executor.record_lanes(executor.model.flops(ticket.batch.shape), now - last, cpu_now - cpu_last)
+            self._last_done = (now, cpu_now) if busy_on or self._in_flight else None
             self._condition.notify_all()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import warnings
@@ -36,6 +37,9 @@ REDO_TOKENS = 4096
 """Tokens, padding included, that are computed again on the CPU at a time: rows that came out as NaN."""
 LEAST_PROBE_TOKENS = 128
 """On a CPU, smaller micro-batches say little about larger ones, and single queries should not be slowed by measuring."""
+FURTHER_UNTIL = 512
+"""On a CPU, larger sizes are not tried in vain, and their memory held: lanes are timed by their own processor time, which
+is steady. Yet 1 of 10 searches ended at 256 tokens, a sixth slower than at 1,024, since 512 had been 2 % faster only."""
 EXTRA_PROBES = 2
 """At most so many micro-batches are run for their measurement alone: where few sizes were tried, a law is still told from
 chance (errors at the 95th percentile fell from 5 % to under 1 % with a mask per pair of tokens)."""
@@ -95,9 +99,8 @@ class Executor:
             cost.least_share, cost.workspace_bytes = HEAP_SHARE, model.workspace_bytes
         self.budget = budget
         self.backlog = backlog
-        # A CPU's lanes are timed by their own processor time, which is steady: no size need be tried in vain, and held.
-        further = device.kind != "cpu"
-        self.ramp = Ramp(policy.knee, ceiling=policy.max_tokens, target_tokens=cost.target_tokens, further=further)
+        until = FURTHER_UNTIL if device.kind == "cpu" else math.inf
+        self.ramp = Ramp(policy.knee, ceiling=policy.max_tokens, target_tokens=cost.target_tokens, further_until=until)
         self.lane_choice = LaneChoice(device.num_cores if device.kind == "cpu" else 1, chosen=cost.lanes)
         self._streak = 0
         self._extra_probes = EXTRA_PROBES if device.kind == "cpu" else 0  # an accelerator measures every forward
@@ -120,12 +123,12 @@ class Executor:
             return self.device.num_cores, 1
         return self.lane_choice.current()
 
-    def record_lanes(self, units: float, seconds: float) -> None:
-        """Tell what all lanes together did; see :class:`LaneChoice`. Called under the dispatcher's lock."""
+    def record_lanes(self, units: float, seconds: float, cpu_seconds: float) -> None:
+        """Tell what all lanes together did; see :meth:`LaneChoice.record`. Called under the dispatcher's lock."""
         if self.lane_choice.done or not self.ramp.done:
             return
-        self.lane_choice.record(units, seconds)
-        if self.lane_choice.done:
+        self.lane_choice.record(units, seconds, cpu_seconds)
+        if self.lane_choice.done and self.lane_choice.steady:
             self.cost.lanes = self.lane_choice.current()[0]
             self._remember(self.cost)
 
