@@ -1,7 +1,8 @@
 """Speed and memory: ours and every peer on the same texts, in turn, repeatedly.
 
 1. Every contender is loaded in a process of its own, and runs part of the texts once (its first run, recorded).
-2. Those whose batch size matters run that part once per batch size; the best ones go on, with the default.
+2. Those whose batch size matters run that part once per batch size; the best ones go on, with the default. The others run
+   all texts a few times instead, so that nobody's rounds are his first runs.
 3. Rounds: everyone runs all texts once a round, in an order that rotates, with the machine's own matrix-product rate measured
    in the same round. A ratio is taken within a round, so that a machine that slows down slows both sides of it.
 4. The rows that come out are compared with those of the reference, so that nobody is fast by computing something else.
@@ -97,10 +98,14 @@ class _Entry:
     saved: Path | None = None
 
 
+WARM_RUNS = 3
+"""Of contenders without a sweep, which runs the others four to ten times. Ours looks for its sizes meanwhile."""
+
+
 def _explore(
-    arena: Arena, part: Path, sweep: tuple[int, ...] | None, keep: int, until: float
-) -> tuple[list[_Entry], list[dict[str, Any]], dict[str, float]]:
-    """Entries for the rounds; what the sweep saw; and the first run's seconds.
+    arena: Arena, part: Path, whole: Path, sweep: tuple[int, ...] | None, keep: int, until: float
+) -> tuple[list[_Entry], list[dict[str, Any]], dict[str, list[float]]]:
+    """Entries for the rounds; what the sweep saw; and the seconds of first runs: of the part, and of warm-up runs.
 
     `sweep` restricts the batch sizes; after `until` (of perf_counter) the rest is left out, which the result says.
     """
@@ -108,7 +113,7 @@ def _explore(
     for contender in list(arena.contenders):
         worker = arena.workers[contender.label]
         try:
-            first[contender.label] = worker.run(part)["seconds"][0]
+            first[contender.label] = worker.run(part)["seconds"][:1]
             entries.append(_Entry(contender, {}, contender.default))
             found = []
             for size in contender.sweep:
@@ -118,6 +123,9 @@ def _explore(
                     seconds = worker.run(part, {"batch_size": size})["seconds"][0]
                     found.append((seconds, size))
                     seen.append({"label": contender.label, "batch_size": size, "seconds": seconds})
+            for _ in range(0 if contender.sweep else WARM_RUNS):
+                if time.perf_counter() < until:
+                    first[contender.label] += worker.run(whole)["seconds"]
             default = int(contender.default.split()[-1]) if contender.default.startswith("batch ") else None
             # The reference peers keep their two best sizes: one run of a part cannot tell neighbours apart.
             best = [size for _, size in sorted(found)[: keep if len(contender.sweep) > 5 else 1] if size != default]
@@ -150,7 +158,7 @@ def compare(
     name = f"{task.model}-{task.name}".replace(" ", "-")
     whole = write_inputs(folder / f"{name}.json", task.inputs)
     some = write_inputs(folder / f"{name}-part.json", task.inputs[:part])
-    entries, seen, first = _explore(arena, some, sweep, keep, began + budget_s)
+    entries, seen, first = _explore(arena, some, whole, sweep, keep, began + budget_s)
     roofline = arena.open_roofline()
     rates: list[dict[str, Any]] = []
     done = 0
@@ -192,7 +200,8 @@ def compare(
         "sweep": seen,
         "first_run": {
             "inputs": len(task.inputs[:part]),
-            "seconds": first,
+            "seconds": {label: seconds[0] for label, seconds in first.items()},
+            "warm_up_seconds": {label: seconds[1:] for label, seconds in first.items() if seconds[1:]},
         },
         "loaded": {label: arena.loaded[label] for label in arena.workers},
         "roofline": {
