@@ -28,11 +28,11 @@ def forced(kernel: str) -> Iterator[list[str]]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from memsafe.runtime import kernels, packing
+    from memsafe.runtime import grouped, kernels
 
     used: list[str] = []
     names = ("choose", "_varlen_features", "_varlen", "_memory_efficient")
-    grouped, lock = packing._grouped, threading.Lock()
+    attend, lock = grouped.attend, threading.Lock()
     saved = {name: getattr(kernels, name) for name in names}
 
     def counting(name: str) -> Any:
@@ -61,16 +61,16 @@ def forced(kernel: str) -> Iterator[list[str]]:
 
     def only(*args: Any, **kwargs: Any) -> Any:
         with lock, sdpa_kernel(backends[kernel]):  # the padded forward keeps its own choice: flash takes no mask
-            return grouped(*args, **kwargs)
+            return attend(*args, **kwargs)
 
     vars(kernels).update(changes)
     if kernel in backends:
-        vars(packing)["_grouped"] = only
+        vars(grouped)["attend"] = only
     try:
         yield used
     finally:
         vars(kernels).update(saved)
-        vars(packing)["_grouped"] = grouped
+        vars(grouped)["attend"] = attend
 
 
 @contextlib.contextmanager

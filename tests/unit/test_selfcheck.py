@@ -11,7 +11,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from memsafe.runtime import packing, selfcheck, stub
+from memsafe.runtime import grouped, packing, selfcheck, stub
 from memsafe.runtime.selfcheck import SelfCheck, run_self_check
 from tests import models
 from tests.models import needs_interface
@@ -84,12 +84,12 @@ def _one_long_sequence(real: Any) -> Any:
 def test_a_wrong_window_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int) -> None:
     """A sequence longer than any sliding window is among the trials: a band off by one fails, the right one passes."""
     model = load(tmp_path, "modernbert")
-    real = packing._band
+    real = grouped._band
 
     def wrong(state: Any, queries: int, keys: int, offset: int, right: int, *rest: Any) -> Tensor:
         return real(state, queries, keys, offset, right + window, *rest)
 
-    monkeypatch.setattr(packing, "_band", wrong)
+    monkeypatch.setattr(grouped, "_band", wrong)
     assert checked(model).packed_ok == (window == 0)
 
 
@@ -190,7 +190,7 @@ def test_an_error_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("attention with a twist")
 
-    monkeypatch.setattr(packing, "_grouped", fail)
+    monkeypatch.setattr(grouped, "attend", fail)
     check = checked(model)
     assert not check.packed_ok and check.small_mask_ok
     assert check.reason == "attention with a twist"
@@ -204,7 +204,7 @@ def test_memory_errors_pass_through(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
 
-    monkeypatch.setattr(packing, "_grouped", fail)
+    monkeypatch.setattr(grouped, "attend", fail)
     with pytest.raises(torch.OutOfMemoryError):
         checked(model)
 

@@ -17,7 +17,7 @@ from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError
 from memsafe.planning.batch import BatchShape, MicroBatch
 from memsafe.planning.cost import CostKey, CostPrior
-from memsafe.runtime import fuse, kernels, ladder, packing, sbert, weights
+from memsafe.runtime import fuse, grouped, kernels, ladder, packing, sbert, weights
 from memsafe.runtime.architecture import Architecture
 from memsafe.runtime.device import Device, is_out_of_memory, open_device
 from memsafe.runtime.selfcheck import CheckStore, SelfCheck, run_self_check
@@ -123,7 +123,7 @@ class LoadedModel:
             score_limit=kernels.score_limit(heads) if self.workspace_bytes and self.dtype == torch.float32 else 0,
         )
         if shape.window is not None and self.packed:
-            masks = packing.window_bytes(shape.window, self.dtype.itemsize)
+            masks = grouped.window_bytes(shape.window, self.dtype.itemsize)
             prior = replace(prior, fixed_bytes=prior.fixed_bytes + masks)
         elif shape.window is not None:
             # Padded: a mask for the window, one for all, and one in the making; 20 bytes per pair of tokens were measured
