@@ -3,7 +3,7 @@
 1. Every contender is loaded in a process of its own, and runs part of the texts once (its first run, recorded).
 2. Those whose batch size matters run that part once per batch size; the best ones go on, with the default. The others run
    all texts a few times instead, so that nobody's rounds are his first runs.
-3. Rounds: everyone runs all texts once a round, in an order that rotates, with the machine's own matrix-product rate measured
+3. Rounds: everyone (the slowest only twice) runs all texts once a round, in an order that rotates, with the machine's own matrix-product rate measured
    in the same round. A ratio is taken within a round, so that a machine that slows down slows both sides of it.
 4. The rows that come out are compared with those of the reference, so that nobody is fast by computing something else.
 """
@@ -98,6 +98,8 @@ class _Entry:
     saved: Path | None = None
 
 
+SLOW_S = 8.0
+"""Whoever takes longer for a run is in the first two rounds only, so that there is time for more rounds of the others."""
 WARM_RUNS = 3
 """Of contenders without a sweep, which runs the others four to ten times. Ours looks for its sizes meanwhile."""
 
@@ -166,7 +168,7 @@ def compare(
         rates.append({dtype: roofline.call("measure", dtype=dtype, seconds=0.6) for dtype in dtypes})
         turn = done % len(entries)
         for entry in entries[turn:] + entries[:turn]:
-            if entry.contender not in arena.contenders:
+            if entry.contender not in arena.contenders or (done >= 2 and max(entry.seconds, default=0.0) > SLOW_S):
                 continue
             save = folder / f"{name}-{len(arena.loaded)}-{entries.index(entry)}.npy" if done == 0 else None
             try:
@@ -240,8 +242,8 @@ def _row(
         "roofline_fraction_with_attention": stats.Spread.of(with_attention).to_dict(),
         "report": entry.last.get("report"),
     }
-    if ours is not None and len(ours.seconds) == len(entry.seconds):
-        row["ratio"] = stats.ratios(entry.seconds, ours.seconds).to_dict()
+    if ours is not None and len(ours.seconds) >= len(entry.seconds):
+        row["ratio"] = stats.ratios(entry.seconds, ours.seconds[: len(entry.seconds)]).to_dict()
     if base is not None and base.saved is not None and entry.saved is not None:
         row["against"] = base.contender.label
         row["check"] = agreement(np.load(entry.saved), np.load(base.saved))
