@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -12,6 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from typing_extensions import Self
 
 from memsafe import MemoryPolicy
+
+
+def is_overridden(instance: object, sync: Callable[..., Any], name: str) -> bool:
+    """Whether `instance` brings its own version of the synchronous method `name`, which is `sync` in our class: the
+    asynchronous one must then go through it, as the interface's own does."""
+    return inspect.getattr_static(type(instance), name) is not sync
 
 
 class SharedCore:

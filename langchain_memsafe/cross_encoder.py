@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import sys
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
+from langchain_memsafe._core import is_overridden
 from langchain_memsafe._reranking import RerankerModel, relevance
 
 if TYPE_CHECKING:
@@ -75,6 +77,8 @@ class MemsafeCrossEncoder(RerankerModel, BaseCrossEncoder):
 
     async def ascore(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """As :meth:`score`; the event loop stays free, and cancelling the task cancels the work."""
+        if is_overridden(self, _score, "score"):
+            return await asyncio.to_thread(self.score, text_pairs)
         reranker = await self._shared.aget(self._build)
         return cast("list[float]", relevance(await reranker.ascore_pairs(text_pairs, **self._options(reranker))))
 
@@ -91,6 +95,9 @@ class MemsafeCrossEncoder(RerankerModel, BaseCrossEncoder):
         memo = {} if memo is None else memo
         memo[id(self.client)] = self.client  # copies share the weights
         return super().__deepcopy__(memo)
+
+
+_score = MemsafeCrossEncoder.score
 
 
 def _accept_in_other_homes() -> None:

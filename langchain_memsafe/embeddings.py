@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from langchain_core.embeddings import Embeddings
 from pydantic import Field
 
-from langchain_memsafe._core import CoreModel
+from langchain_memsafe._core import CoreModel, is_overridden
 from langchain_memsafe._options import all_devices, chosen_device, encode_options, load_options
 
 if TYPE_CHECKING:
@@ -121,12 +121,16 @@ class MemsafeEmbeddings(CoreModel, Embeddings):
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """As :meth:`embed_documents`; the event loop stays free, and cancelling the task cancels the work."""
+        if is_overridden(self, _embed_documents, "embed_documents"):
+            return await asyncio.to_thread(self.embed_documents, texts)
         embedder = await self._shared.aget(self._build)
         run = await embedder.arun(_one_line(texts), **self._options(self.encode_kwargs))
         return await _to_lists(run.embeddings)
 
     async def aembed_query(self, text: str) -> list[float]:
         """As :meth:`embed_query`; the event loop stays free, and cancelling the task cancels the work."""
+        if is_overridden(self, _embed_query, "embed_query"):
+            return await asyncio.to_thread(self.embed_query, text)
         embedder = await self._shared.aget(self._build)
         run = await embedder.arun(_one_line([text]), **self._query_options(embedder))
         return cast("list[float]", run.embeddings[0].tolist())
@@ -159,6 +163,10 @@ class MemsafeEmbeddings(CoreModel, Embeddings):
         """Options of ``Embedder.run`` for a query: `query_encode_kwargs` as a whole, or `encode_kwargs`."""
         options = self._options(self.query_encode_kwargs if len(self.query_encode_kwargs) > 0 else self.encode_kwargs)
         return {**options, "kind": "query" if self.use_saved_prompts else None, "urgent": True}
+
+
+# As they are here: a test that patches the class is obeyed too.
+_embed_documents, _embed_query = MemsafeEmbeddings.embed_documents, MemsafeEmbeddings.embed_query
 
 
 def _one_line(texts: Any) -> Any:

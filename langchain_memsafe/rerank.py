@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import Field
 
+from langchain_memsafe._core import is_overridden
 from langchain_memsafe._reranking import RerankerModel, relevance
 from memsafe import ConfigError, InputError
 
@@ -67,6 +70,8 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """As :meth:`compress_documents`; the event loop stays free, and cancelling the task cancels the work."""
+        if is_overridden(self, _compress_documents, "compress_documents"):
+            return await asyncio.to_thread(self.compress_documents, documents, query, callbacks)
         documents, texts = _checked(documents, Document)
         if not texts:
             return []
@@ -94,6 +99,8 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
         self, documents: Sequence[str | Document], query: str, *, top_n: int | None = -1
     ) -> list[dict[str, Any]]:
         """As :meth:`rerank`; the event loop stays free, and cancelling the task cancels the work."""
+        if is_overridden(self, _rerank, "rerank"):
+            return await asyncio.to_thread(partial(self.rerank, documents, query, top_n=top_n))
         kept = self._num_kept(self.top_n if top_n == -1 else top_n)
         documents, texts = _checked(documents, (str, Document))
         if not texts:
@@ -112,6 +119,10 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
         if self.parity:
             return [documents[entry["index"]] for entry in ranking]
         return [_scored(documents[entry["index"]], self.score_key, entry["relevance_score"]) for entry in ranking]
+
+
+# As they are here: a test that patches the class is obeyed too.
+_compress_documents, _rerank = MemsafeRerank.compress_documents, MemsafeRerank.rerank
 
 
 def _ranking(scores: np.ndarray, kept: int | None) -> list[dict[str, Any]]:

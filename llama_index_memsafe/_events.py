@@ -30,7 +30,7 @@ __all__ = [
 Progress = Callable[[int], None]
 
 _EVENTS_PER_TURN = 32
-"""End events sent by an async call before it lets the event loop run (each validates its vectors: about 0.1 ms)."""
+"""Events sent by an async call before it lets the event loop run (an end validates its vectors: about 0.1 ms)."""
 
 _progress: ContextVar[Progress | None] = ContextVar("memsafe_progress", default=None)
 
@@ -70,16 +70,16 @@ def emit_batch(model: BaseEmbedding, texts: list[str], compute: Callable[[int], 
     return embeddings or []
 
 
-def start_batch(model: BaseEmbedding, num_groups: int) -> list[str]:
-    """Send the start of every group, as upstream's async call does; returns the callbacks' event ids."""
+async def start_batch(model: BaseEmbedding, num_groups: int, event_ids: list[str]) -> None:
+    """Send the start of every group, as upstream's async call does, and add the callbacks' event ids to `event_ids`."""
     payload = event_payload(model)
-    event_ids = []
-    for _ in range(num_groups):
+    for number in range(num_groups):
+        if number and number % _EVENTS_PER_TURN == 0:
+            await asyncio.sleep(0)
         dispatcher.event(EmbeddingStartEvent(model_dict=payload))
         event_ids.append(
             model.callback_manager.on_event_start(CBEventType.EMBEDDING, payload={EventPayload.SERIALIZED: payload})
         )
-    return event_ids
 
 
 async def finish_batch(
@@ -99,7 +99,10 @@ async def finish_batch(
 
 
 def fail_batch(model: BaseEmbedding, event_ids: list[str], error: BaseException) -> None:
-    """End every group with the exception; upstream's async call leaves them open."""
+    """End every group with the exception; upstream's async call leaves them open.
+
+    In one go, since a cancelled task should not wait again.
+    """
     for event_id in event_ids:
         model.callback_manager.on_event_end(
             CBEventType.EMBEDDING, payload={EventPayload.EXCEPTION: error}, event_id=event_id

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.callbacks import CallbackManager
@@ -25,11 +26,16 @@ from llama_index_memsafe._events import (
 )
 from llama_index_memsafe._instructions import DEFAULT_MODEL, QUERY_INSTRUCTIONS, TEXT_INSTRUCTIONS
 from llama_index_memsafe._state import CoreHolder, Reloadable, is_overridden
-from memsafe import Embedder, EventHook, InputError, MemoryPolicy
+from memsafe import ConfigError, Embedder, EventHook, InputError, InputTooLargeError, MemoryPolicy
 
 __all__ = ["MemsafeEmbedding"]
 
 _DOCUMENT_PROMPTS = ("text", "document", "passage", "corpus")
+_CACHED_AT_ONCE = 1024
+"""Texts embedded before they are put into the cache: what is finished survives whatever comes after."""
+_COLLECTION = "embeddings"
+_ENTRIES_PER_TURN = 256
+"""Entries of a cache that an async call handles before it lets the event loop run: 15 microseconds each in memory."""
 _ROWS_PER_TURN = 512
 """Rows turned into lists by an async call before it lets the event loop run."""
 
@@ -80,6 +86,7 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
     _core: CoreHolder[Embedder] = PrivateAttr()
     _device: str = PrivateAttr()
     _batch_size_unset: bool = PrivateAttr(default=False)
+    _exact: bool = PrivateAttr(default=False)
 
     def __init__(
         self,
@@ -119,6 +126,10 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
                 raise ValueError(f"{variable} is deprecated. Please remove it from the arguments.")
         if model_name is None:
             raise ValueError("The `model_name` argument must be provided.")
+        if "show_progress" in model_kwargs:  # an option of the core's, not of SentenceTransformer
+            raise ConfigError(
+                "show_progress: unknown argument; give show_progress_bar, or show_progress to a batch call"
+            )
         fields: dict[str, Any] = {} if not max_length else {"max_length": max_length}
         super().__init__(
             model_name=model_name,
@@ -140,6 +151,7 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
             hooks=tuple(hooks),
             **fields,
         )
+        self._exact = parity
         self._batch_size_unset = isinstance(embed_batch_size, _Unset)
         self._device = device or infer_torch_device()
         settings: dict[str, Any] = {
@@ -204,10 +216,14 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
 
     def _options(self, prompt_name: str | None) -> dict[str, Any]:
         """Options of one core call for what upstream calls prompt "query", "text", or None (no prompt)."""
+        if self.parity is not self._exact:
+            raise ConfigError(f"parity: set to {self.parity} after construction; construct a new object with it")
         kinds = {} if self.parity else {"query": "query", "text": "document"}
         options: dict[str, Any] = {"kind": kinds.get(prompt_name or "")}
         if options["kind"] is None:
             options["prompt_name"] = prompt_name
+        elif self._core.settings.get("prompts", {}).get(options["kind"]) == "":
+            options["prompt"] = ""  # sentence-transformers 5 would put the saved prompt in its place
         unset = self._batch_size_unset and self.embed_batch_size == DEFAULT_EMBED_BATCH_SIZE
         return {
             **options,
@@ -243,17 +259,17 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
         return self._embed(texts, prompt_name="text")
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
-        if is_overridden(self, MemsafeEmbedding, "_embed", "_get_query_embedding"):
+        if is_overridden(self, _OURS, "_embed", "_get_query_embedding"):
             return await asyncio.to_thread(self._get_query_embedding, query)
         return (await self._aembed([query], prompt_name="query"))[0]
 
     async def _aget_text_embedding(self, text: str) -> Embedding:
-        if is_overridden(self, MemsafeEmbedding, "_embed", "_get_text_embedding"):
+        if is_overridden(self, _OURS, "_embed", "_get_text_embedding"):
             return await asyncio.to_thread(self._get_text_embedding, text)
         return (await self._aembed([text], prompt_name="text"))[0]
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        if is_overridden(self, MemsafeEmbedding, "_embed", "_get_text_embeddings"):
+        if is_overridden(self, _OURS, "_embed", "_get_text_embeddings"):
             return await asyncio.to_thread(self._get_text_embeddings, texts)
         return await self._aembed(texts, prompt_name="text")
 
@@ -279,8 +295,9 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
         """As upstream, in one call of the core that never blocks the event loop. ``num_workers`` changes nothing."""
         texts = _checked(texts)
         groups = event_groups(texts, self.embed_batch_size)
-        event_ids = start_batch(self, len(groups))
+        event_ids: list[str] = []
         try:
+            await start_batch(self, len(groups), event_ids)
             with progress_bar(show_progress, len(texts)):
                 if self.embeddings_cache:
                     embeddings = await self._aget_text_embeddings_cached(texts)
@@ -296,21 +313,104 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
 
     def _get_text_embeddings_cached(self, texts: list[str]) -> list[Embedding]:
         cache: Any = self.embeddings_cache
-        known = {text: cache.get(key=text, collection="embeddings") for text in dict.fromkeys(texts)}
-        missing = [text for text, value in known.items() if value is None]
-        for text, embedding in zip(missing, self._get_text_embeddings(missing) if missing else [], strict=False):
-            known[text] = {str(uuid.uuid4()): embedding}
-            cache.put(key=text, val=known[text], collection="embeddings")
-        return [next(iter(known[text].values())) for text in texts]
+        work = _CachedWork(texts)
+        for text in work.distinct:
+            work.take(text, cache.get(key=text, collection=_COLLECTION))
+        for part in work.parts():
+            done: Iterable[tuple[str, Embedding]]
+            try:
+                done = zip(part, self._get_text_embeddings(part), strict=False)
+            except InputTooLargeError as error:
+                done = work.rescued(error, part)
+            for text, embedding in done:
+                cache.put(key=text, val=work.add(text, embedding), collection=_COLLECTION)
+            work.check()
+        return work.embeddings()
 
     async def _aget_text_embeddings_cached(self, texts: list[str]) -> list[Embedding]:
         cache: Any = self.embeddings_cache
-        known = {text: await cache.aget(key=text, collection="embeddings") for text in dict.fromkeys(texts)}
-        missing = [text for text, value in known.items() if value is None]
-        for text, embedding in zip(missing, await self._aget_text_embeddings(missing) if missing else [], strict=False):
-            known[text] = {str(uuid.uuid4()): embedding}
-            await cache.aput(key=text, val=known[text], collection="embeddings")
-        return [next(iter(known[text].values())) for text in texts]
+        work = _CachedWork(texts)
+        for number, text in enumerate(work.distinct):
+            work.take(text, await cache.aget(key=text, collection=_COLLECTION))
+            await _turn(number)
+        for part in work.parts():
+            done: Iterable[tuple[str, Embedding]]
+            try:
+                done = zip(part, await self._aget_text_embeddings(part), strict=False)
+            except InputTooLargeError as error:
+                done = work.rescued(error, part)
+            for number, (text, embedding) in enumerate(done):
+                await cache.aput(key=text, val=work.add(text, embedding), collection=_COLLECTION)
+                await _turn(number)
+            work.check()
+        return work.embeddings()
+
+
+class _CachedWork:
+    """What of `texts` is in a cache, what is missing, and what an error leaves. Values are upstream's: {uuid: embedding}."""
+
+    def __init__(self, texts: list[str]) -> None:
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"texts: entry {index} is a {type(text).__name__}, not a str", index=index)
+        self._texts = texts
+        self._known: dict[str, dict[str, Embedding] | None] = dict.fromkeys(texts)
+        self._error: InputTooLargeError | None = None
+
+    @property
+    def distinct(self) -> list[str]:
+        return list(self._known)
+
+    def take(self, text: str, value: dict[str, Embedding] | None) -> None:
+        self._known[text] = value
+
+    def parts(self) -> Iterator[list[str]]:
+        """The missing texts, some at a time, so that what is finished is kept whatever happens to the rest."""
+        missing = [text for text, value in self._known.items() if value is None]
+        for start in range(0, len(missing), _CACHED_AT_ONCE):
+            yield missing[start : start + _CACHED_AT_ONCE]
+
+    def add(self, text: str, embedding: Embedding) -> dict[str, Embedding]:
+        value = {str(uuid.uuid4()): embedding}
+        self._known[text] = value
+        return value
+
+    def rescued(self, error: InputTooLargeError, part: list[str]) -> Iterator[tuple[str, Embedding]]:
+        """What of `part` was done when one of it turned out not to fit; :meth:`check` raises `error` later."""
+        self._error = error
+        failed = {part[place] for place in error.failed}
+        error.failed = [place for place, text in enumerate(self._texts) if text in failed]
+        index = self._texts.index(part[error.index])
+        error.args = (error.message.replace(f"input {error.index} ", f"input {index} ", 1),)
+        error.index, error.message = index, error.args[0]
+        rows = error.partial
+        return (
+            (text, row.tolist())
+            for text, row in zip(part, rows if rows is not None else [], strict=False)
+            if text not in failed
+        )
+
+    def check(self) -> None:
+        """Raise the error that was met, as one of all texts."""
+        if self._error is None:
+            return
+        rows = [next(iter(value.values())) if (value := self._known[text]) else None for text in self._texts]
+        width = max((len(row) for row in rows if row is not None), default=0)
+        nothing = [float("nan")] * width
+        self._error.partial = np.array([row or nothing for row in rows], dtype=np.float32) if width else None
+        raise self._error
+
+    def embeddings(self) -> list[Embedding]:
+        return [next(iter(value.values())) for text in self._texts if (value := self._known[text])]
+
+
+async def _turn(number: int) -> None:
+    """Let the event loop run now and then: a cache in memory never does."""
+    if number % _ENTRIES_PER_TURN == 0:
+        await asyncio.sleep(0)
+
+
+_OURS = dict(vars(MemsafeEmbedding))
 
 
 def _checked(texts: Any) -> list[str]:

@@ -28,6 +28,10 @@ _MAX_LENGTH = 512
 """Tokens of a pair when the caller says nothing: the default of both replaced classes."""
 
 
+_OWN = ("dtype", "hooks", "memory", "query_max_length", "show_progress", "truncation")
+"""Options of ours and of the core's. In `cross_encoder_kwargs` they would be lost in silence."""
+
+
 class MemsafeRerank(Reloadable, BaseNodePostprocessor):
     """Drop-in for ``llama_index.postprocessor.sbert_rerank.SentenceTransformerRerank`` that plans memory by tokens.
 
@@ -100,6 +104,11 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         )
         self._check_top_n()
         options = dict(self.cross_encoder_kwargs)
+        own = [name for name in _OWN if name in options]
+        if own:
+            raise ConfigError(
+                f"cross_encoder_kwargs: {own[0]!r} is not an option of CrossEncoder; give it to {type(self).__name__} itself"
+            )
         if "device" in options or "model" in options:
             raise ValueError(
                 "'device' and 'model' should not be specified in 'cross_encoder_kwargs'. "
@@ -196,7 +205,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         """As the synchronous method; the core waits, the event loop does not."""
-        if is_overridden(self, MemsafeRerank, "_postprocess_nodes"):
+        if is_overridden(self, _OURS, "_postprocess_nodes"):
             return await asyncio.to_thread(self._postprocess_nodes, nodes, query_bundle)
         query = self._begin(nodes, query_bundle)
         if not nodes:
@@ -248,6 +257,9 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
             raise ConfigError(
                 f"top_n: got {self.top_n}; give 0 or more (upstream would drop nodes from the end: parity=True)"
             )
+
+
+_OURS = dict(vars(MemsafeRerank))
 
 
 def _contents(nodes: list[NodeWithScore]) -> list[str]:

@@ -6,6 +6,7 @@
 
     * :class:`ModelError`: a model is missing, broken or of the wrong kind.
 
+      * :class:`ModelNotFoundError` (also ``OSError``): a model, or a file of it, is not there.
       * :class:`ModelTooLargeError`: the weights do not fit into the memory that is free.
 
   * :class:`InputError` (also ``ValueError``): a text, pair or list cannot be used.
@@ -34,6 +35,7 @@ __all__ = [
     "MemsafeError",
     "MissingExtraError",
     "ModelError",
+    "ModelNotFoundError",
     "ModelTooLargeError",
     "RecoveryExhaustedError",
     "StoreError",
@@ -73,6 +75,10 @@ class InputError(MemsafeError, ValueError):
 
 class ModelError(ConfigError):
     """A model folder is missing, empty, half-written or of the wrong kind."""
+
+
+class ModelNotFoundError(ModelError, OSError):
+    """A model is not there, or a file of it, or the hub cannot be reached. An ``OSError`` too, as transformers raises."""
 
 
 class ModelTooLargeError(ModelError):

@@ -26,6 +26,7 @@ PUBLIC = {
         "MiB",
         "MissingExtraError",
         "ModelError",
+        "ModelNotFoundError",
         "ModelTooLargeError",
         "RankedDocument",
         "RecoveryExhaustedError",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from langchain_core.cross_encoders import BaseCrossEncoder
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.embeddings import Embeddings
 from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -74,3 +76,18 @@ def frameworks(documents: list[Document]) -> None:
     compressor: BaseDocumentCompressor = langchain_memsafe.MemsafeRerank(model_name="folder", top_n=3)
     print(embed_model.get_text_embedding("text"), embeddings.embed_query("text"))
     print(postprocessor, list(compressor.compress_documents(documents, "question")))
+    flag = llama_index_memsafe.MemsafeRerank.from_flag(top_n=3, model="folder", use_fp16=True)
+    assert_type(flag, llama_index_memsafe.MemsafeRerank)
+    scorer: BaseCrossEncoder = langchain_memsafe.MemsafeCrossEncoder(model_name="folder")
+    assert_type(scorer.score([("question", "text")]), list[float])
+
+
+async def asynchronous_frameworks(texts: list[str], documents: list[Document]) -> None:
+    embed_model = llama_index_memsafe.MemsafeEmbedding(model_name="folder")
+    assert_type(await embed_model.aget_text_embedding_batch(texts), list[list[float]])
+    embeddings = langchain_memsafe.MemsafeEmbeddings(model_name="folder")
+    assert_type(await embeddings.aembed_documents(texts), list[list[float]])
+    compressor = langchain_memsafe.MemsafeRerank(model_name="folder")
+    assert_type(await compressor.acompress_documents(documents, "question"), Sequence[Document])
+    scorer = langchain_memsafe.MemsafeCrossEncoder(model_name="folder")
+    assert_type(await scorer.ascore([("question", "text")]), list[float])

@@ -15,6 +15,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from memsafe import ClosedError, ConfigError, Embedder, EmbeddingRun, InputError, MemoryPolicy, ModelError
 from tests import models
+from tests.models import save_embedder
 
 # Before version 5 transformers' BERT and its kin computed attention themselves: there they run padded, and say so.
 PACKS_BERT = int(transformers.__version__.split(".")[0]) >= 5
@@ -221,7 +222,6 @@ def test_bad_call_options(embedder: Embedder, options: dict[str, Any], words: st
         ({"no_such_option": 1}, "no_such_option"),
         ({"dtype": "int4"}, "int4"),
         ({"max_length": 0}, "max_length"),
-        ({"max_length": 100_000}, "positions"),
         ({"device": "cuda:77"}, "cuda"),
         ({"device": []}, "empty"),
         ({"memory": {"limt": 3}}, "limt"),
@@ -233,6 +233,22 @@ def test_bad_construction(minilm: str, options: dict[str, Any], words: str) -> N
     """Options that make no sense are refused at construction."""
     with pytest.raises(ConfigError, match=words):
         Embedder(minilm, **options)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kept"), [("bert", 64), ("xlm_roberta", 64), ("distilbert", 64), ("modernbert", 300)]
+)
+def test_lengths_beyond_the_positions(architecture: str, kept: int, tmp_path: Path) -> None:
+    """A table of positions that was learnt has an end, where inputs are cut with a warning; rotary positions have none."""
+    folder = save_embedder(tmp_path, architecture, max_positions=64, max_length=32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        embedder = Embedder(str(folder), device="cpu", max_length=300)
+    with embedder:
+        assert embedder.max_length == kept
+        assert any("learnt 64 positions" in str(w.message) for w in caught) == (kept == 64)
+        report = embedder.run(["river " * 400]).report
+    assert report.tokens == kept
 
 
 def test_wrong_models(tmp_path: Path, minilm: str) -> None:

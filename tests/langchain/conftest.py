@@ -37,14 +37,22 @@ def cross_encoder(demo_reranker: str) -> MemsafeCrossEncoder:
 
 @pytest.fixture(scope="session")
 def two_labels(minilm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CrossEncoder with two labels: MiniLM under a head of random weights, the same for whoever loads it."""
+    return _labelled(minilm, tmp_path_factory.mktemp("models") / "two-labels", 2)
+
+
+@pytest.fixture(scope="session")
+def three_labels(minilm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _labelled(minilm, tmp_path_factory.mktemp("models") / "three-labels", 3)
+
+
+def _labelled(minilm: str, folder: Path, num_labels: int) -> Path:
+    """A CrossEncoder: MiniLM under a head of random weights, the same for whoever loads it."""
     import torch
     from sentence_transformers import CrossEncoder
 
-    folder = tmp_path_factory.mktemp("models") / "two-labels"
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        CrossEncoder(minilm, num_labels=2, device="cpu").save_pretrained(str(folder))
+        CrossEncoder(minilm, num_labels=num_labels, device="cpu").save_pretrained(str(folder))
     return folder
 
 

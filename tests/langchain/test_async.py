@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from langchain_core.documents import Document
 
 from langchain_memsafe import MemsafeCrossEncoder, MemsafeEmbeddings, MemsafeRerank
 
@@ -38,6 +39,48 @@ async def longest_silence(work: Callable[[], Awaitable[Any]]) -> tuple[float, fl
     done = True
     await watcher
     return taken, silence, result
+
+
+async def test_subclasses_are_obeyed(minilm: str, demo_reranker: str) -> None:
+    """Who overrides a synchronous method finds it called by the asynchronous one too, as the interfaces' own methods do:
+    prefixes, say, that documents got when the index was built."""
+
+    class Prefixed(MemsafeEmbeddings):
+        def embed_query(self, text: str) -> list[float]:
+            return super().embed_query("query: " + text)
+
+        def embed_documents(self, texts: list[str]) -> list[list[float]]:
+            return super().embed_documents(["passage: " + text for text in texts])
+
+    class First(MemsafeRerank):
+        def compress_documents(self, documents: Any, query: str, callbacks: Any = None) -> Any:
+            return list(super().compress_documents(documents, query, callbacks))[:1]
+
+        def rerank(self, documents: Any, query: str, *, top_n: int | None = -1) -> Any:
+            return super().rerank(documents, query, top_n=top_n)[:1]
+
+    class Negated(MemsafeCrossEncoder):
+        def score(self, text_pairs: Any) -> Any:
+            return [-value for value in super().score(text_pairs)]
+
+    embeddings, bare = Prefixed(model_name=minilm), MemsafeEmbeddings(model_name=minilm)
+    assert largest_difference([await embeddings.aembed_query(QUERY)], [embeddings.embed_query(QUERY)]) < 1e-5
+    assert largest_difference(await embeddings.aembed_documents([QUERY]), embeddings.embed_documents([QUERY])) < 1e-5
+    assert largest_difference([embeddings.embed_query(QUERY)], [bare.embed_query(QUERY)]) > 1e-3
+    documents = [Document(page_content=text) for text in ("a train", "words", "a ship")]
+    reranker = First(model_name=demo_reranker)
+    assert len(await reranker.acompress_documents(documents, QUERY)) == 1
+    assert len(await reranker.arerank(documents, QUERY, top_n=2)) == 1
+    pairs = [(QUERY, "words")]
+    scorer = Negated(model_name=demo_reranker)
+    assert (await scorer.ascore(pairs))[0] == pytest.approx(scorer.score(pairs)[0], abs=1e-5)
+    assert (await scorer.ascore(pairs))[0] < 0
+
+
+async def test_a_patched_class_is_obeyed(ours: MemsafeEmbeddings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that replaces a synchronous method of the class itself sees it used by the asynchronous one."""
+    monkeypatch.setattr(MemsafeEmbeddings, "embed_query", lambda self, text: [float(len(text))])
+    assert await ours.aembed_query("four") == [4.0]
 
 
 async def test_loop_stays_free(ours: MemsafeEmbeddings, passages: list[str]) -> None:

@@ -16,11 +16,12 @@ from llama_index.core.schema import TextNode
 from llama_index.core.storage.kvstore import SimpleKVStore
 
 from llama_index_memsafe import MemsafeEmbedding
+from llama_index_memsafe import embedding as embedding_module
 from llama_index_memsafe._devices import device_list
 from llama_index_memsafe._instructions import QUERY_INSTRUCTIONS, TEXT_INSTRUCTIONS
-from memsafe import ConfigError, Embedder, InputError, MemoryPolicy, MemsafeError
+from memsafe import ConfigError, Embedder, InputError, InputTooLargeError, MemoryPolicy, MemsafeError
 from tests.llama_index.conftest import DOCUMENT, QUERY, TEXTS, CoreCalls, recorded
-from tests.models import before
+from tests.models import before, save_embedder
 
 
 class Limiter:
@@ -34,6 +35,12 @@ class Limiter:
 
     async def async_acquire(self, num_tokens: int = 0) -> None:
         self.awaited += 1
+
+
+def embed_batch(model: MemsafeEmbedding, texts: list[str], asynchronous: bool) -> list[list[float]]:
+    return (
+        asyncio.run(model.aget_text_embedding_batch(texts)) if asynchronous else model.get_text_embedding_batch(texts)
+    )
 
 
 # --- The whole list, whatever the group -------------------------------------------------------------------------------
@@ -144,6 +151,80 @@ def test_the_cache_is_read_and_written(plain: str, core_calls: CoreCalls, asynch
     assert all(len(cache.get(text, collection="embeddings")) == 1 for text in TEXTS)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_is_finished_is_in_the_cache_when_a_later_part_fails(
+    plain: str, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work goes into the cache part by part: a failure, Ctrl-C or a kill later on does not lose it."""
+    monkeypatch.setattr(embedding_module, "_CACHED_AT_ONCE", 8)
+    model = MemsafeEmbedding(plain, device="cpu", embeddings_cache=SimpleKVStore())
+    original, calls = (Embedder.arun if asynchronous else Embedder.run), []
+
+    def run(self: Any, texts: list[str], **options: Any) -> Any:
+        calls.append(len(texts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, texts, **options)
+
+    monkeypatch.setattr(Embedder, "arun" if asynchronous else "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        embed_batch(model, TEXTS, asynchronous)
+    assert calls == [8, 8, 7]
+    assert set(model.embeddings_cache.get_all(collection="embeddings")) == set(TEXTS[:16])
+    assert len(model.get_text_embedding_batch(TEXTS)) == 23
+    assert calls[3:] == ([] if asynchronous else [7])
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_text_too_large_leaves_the_others_in_the_cache(
+    plain: str, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error speaks of the caller's list, not of what the cache lacked; finished neighbours are kept and in `partial`."""
+    model = MemsafeEmbedding(plain, device="cpu", embeddings_cache=SimpleKVStore())
+    model.get_text_embedding_batch(TEXTS[:5])
+    original = Embedder.run
+
+    def run(self: Any, texts: list[str], **options: Any) -> Any:
+        rows = original(self, texts, **options).embeddings
+        place = texts.index(TEXTS[9])
+        rows[place] = np.nan
+        raise InputTooLargeError(
+            f"input {place} needs 9 GiB alone",
+            index=place,
+            num_tokens=9,
+            need_bytes=9,
+            free_bytes=1,
+            partial=rows,
+            failed=[place],
+        )
+
+    async def arun(self: Any, texts: list[str], **options: Any) -> Any:
+        return run(self, texts, **options)
+
+    monkeypatch.setattr(Embedder, "run", run)
+    monkeypatch.setattr(Embedder, "arun", arun)
+    texts = [*TEXTS[3:12], TEXTS[9]]
+    with pytest.raises(InputTooLargeError, match=r"^input 6 needs") as caught:
+        embed_batch(model, texts, asynchronous)
+    monkeypatch.undo()
+    assert (caught.value.index, caught.value.failed) == (6, [6, 9])
+    assert set(model.embeddings_cache.get_all(collection="embeddings")) == set(TEXTS[:12]) - {TEXTS[9]}
+    expected = np.asarray(MemsafeEmbedding(plain, device="cpu").get_text_embedding_batch(texts))
+    assert np.isnan(caught.value.partial[[6, 9]]).all()
+    np.testing.assert_allclose(np.delete(caught.value.partial, [6, 9], 0), np.delete(expected, [6, 9], 0), atol=1e-5)
+
+
+def test_a_bad_text_beside_cached_ones_is_named_by_its_place(plain: str) -> None:
+    """The index is that of the caller's list, though the cache leaves fewer texts to embed."""
+    model = MemsafeEmbedding(plain, device="cpu", embeddings_cache=SimpleKVStore())
+    model.get_text_embedding_batch(TEXTS[:5])
+    bad: Any = [*TEXTS[:7], None]
+    for call in (model.get_text_embedding_batch, lambda texts: asyncio.run(model.aget_text_embedding_batch(texts))):
+        with pytest.raises(InputError, match="entry 7") as caught:
+            call(bad)
+        assert caught.value.index == 7
+
+
 def test_the_cache_serves_single_texts_and_queries(plain: str, core_calls: CoreCalls) -> None:
     """What a batch has put into the cache, get_text_embedding and get_query_embedding find, as upstream."""
     model = MemsafeEmbedding(plain, device="cpu", embeddings_cache=SimpleKVStore())
@@ -187,7 +268,7 @@ def test_the_rate_limiter_is_asked_once_per_group(plain: str, cached: bool, sync
 )
 def test_which_prompt_is_used(tiny: str, options: dict[str, Any], query: str, document: str) -> None:
     """The instruction, else `prompts`, else the prompt saved in the model; an empty one means none."""
-    if "" in (query, document) and before("sentence-transformers", 6):
+    if options.get("parity") and "" in (query, document) and before("sentence-transformers", 6):
         pytest.skip("sentence-transformers 5 puts the saved prompt in the place of an empty one, for upstream too")
     model = MemsafeEmbedding(tiny, device="cpu", **options)
     bare = Embedder(tiny, device="cpu")
@@ -251,6 +332,27 @@ async def test_the_event_loop_stays_free(plain: str, passages: list[str]) -> Non
     assert len(await work) == 3 * len(passages)
     assert len(gaps) > 10
     assert max(gaps) < max(0.25, sum(gaps) / 4)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+async def test_long_lists_leave_the_loop_free(plain: str, cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events and cache entries of 30,000 texts are handled some at a time: the loop turns in between,
+    whatever the core takes (here nothing)."""
+    store = SimpleKVStore() if cached else None
+    model = MemsafeEmbedding(plain, device="cpu", embeddings_cache=store)
+
+    async def nothing(self: Any, inputs: list[str], prompt_name: str | None = None) -> list[list[float]]:
+        return [[1.0]] * len(inputs)
+
+    monkeypatch.setattr(MemsafeEmbedding, "_aembed", nothing)
+    turns = 0
+    work = asyncio.ensure_future(model.aget_text_embedding_batch([f"text {n}" for n in range(30_000)]))
+    while not work.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert len(await work) == 30_000
+    # 3,000 groups start and end 32 at a time; with a cache 30,000 lookups and as many entries go 256 at a time.
+    assert turns > (180 + 230 if cached else 180)
 
 
 async def test_concurrent_calls_all_get_their_own_rows(ours: MemsafeEmbedding) -> None:
@@ -326,6 +428,13 @@ def test_a_subclass_that_overrides_the_work_is_obeyed(plain: str) -> None:
     assert model.get_query_embedding("ccc") == [3.0]
     assert asyncio.run(model.aget_text_embedding_batch(["a", "bb"])) == [[1.0], [2.0]]
     assert asyncio.run(model.aget_query_embedding("ccc")) == asyncio.run(model.aget_text_embedding("ccc")) == [3.0]
+
+
+def test_a_patched_class_is_obeyed(ours: MemsafeEmbedding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that replaces a method of the class itself sees it used by the asynchronous methods."""
+    monkeypatch.setattr(MemsafeEmbedding, "_embed", lambda self, inputs, prompt_name=None: [[7.0] for _ in inputs])
+    assert asyncio.run(ours.aget_query_embedding("a question")) == ours.get_query_embedding("a question") == [7.0]
+    assert asyncio.run(ours.aget_text_embedding_batch(["a", "b"])) == [[7.0], [7.0]]
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------
@@ -412,9 +521,41 @@ def test_an_unknown_option_is_refused(plain: str) -> None:
 
 
 def test_a_missing_model_is_one_of_our_errors(tmp_path: Any) -> None:
-    """A folder without a model is a MemsafeError with the folder's name."""
-    with pytest.raises(MemsafeError, match=tmp_path.name):
+    """A folder without a model is a MemsafeError with the folder's name, and an OSError as upstream's."""
+    with pytest.raises(MemsafeError, match=tmp_path.name) as caught:
         MemsafeEmbedding(str(tmp_path), device="cpu")
+    assert isinstance(caught.value, OSError)
+
+
+def test_an_option_of_the_cores_is_no_argument(plain: str) -> None:
+    """Difference: ConfigError; upstream's TypeError comes from SentenceTransformer, which does not know it either."""
+    with pytest.raises(ConfigError, match="show_progress_bar"):
+        MemsafeEmbedding(plain, device="cpu", show_progress=True)
+
+
+def test_parity_is_chosen_at_construction(plain: str) -> None:
+    """Set afterwards it would apply to half of the prompts: an error, for queries and for texts."""
+    model = MemsafeEmbedding(plain, device="cpu")
+    for changed in (model.model_copy(update={"parity": True}), model):
+        changed.parity = True
+        for method in (changed.get_text_embedding, changed.get_query_embedding):
+            with pytest.raises(ConfigError, match="parity"):
+                method("a river")
+
+
+def test_lengths_beyond_the_models_positions_are_cut(tmp_path: Any) -> None:
+    """Difference: upstream takes the number and fails at the first long text; ours warns and cuts where the model ends."""
+    folder = str(save_embedder(tmp_path, "bert", max_positions=64, max_length=32))
+    with pytest.warns(UserWarning, match="learnt 64 positions"):
+        model = MemsafeEmbedding(folder, device="cpu", max_length=1024)
+    assert model.max_length == 64
+    with pytest.warns(UserWarning, match="longer than 64 tokens"):
+        long = model.get_text_embedding("river " * 200)
+    assert long == pytest.approx(
+        MemsafeEmbedding(folder, device="cpu", max_length=64).get_text_embedding("river " * 62), abs=1e-5
+    )
+    rebuilt = MemsafeEmbedding.from_dict(model.to_dict(), device="cpu")
+    assert rebuilt.max_length == 64
 
 
 # --- Devices and memory -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from llama_index.core import VectorStoreIndex
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.instrumentation import get_dispatcher
@@ -53,6 +54,9 @@ def make_rerank_pair(demo_reranker: str) -> Callable[..., Pair]:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "logits": {"top_n": 30, "cross_encoder_kwargs": {"activation_fn": torch.nn.Identity()}},
+    "prompt": {"top_n": 30, "cross_encoder_kwargs": {"prompts": {"q": "Find: "}, "default_prompt_name": "q"}},
+    "dtype": {"top_n": 30, "cross_encoder_kwargs": {"model_kwargs": {"dtype": torch.float64}}},
     "defaults": {},
     "all": {"top_n": 100},
     "none": {"top_n": 0},
@@ -110,6 +114,39 @@ def test_events_are_upstreams(make_rerank_pair: Any, tiny_cross: str, count: int
     assert logs[0] == logs[1]
     assert [name for name, _ in logs[1]][:1] == ["ReRankStartEvent"]
     assert len(logs[1]) == (8 if count else 2)
+
+
+@pytest.mark.peers
+def test_events_of_a_failure_are_upstreams(
+    make_rerank_pair: Any, tiny_cross: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model fails: the same exception, and the same events and callbacks with it, sync and async."""
+
+    def fail(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise KeyError("no such weight")
+
+    logs = []
+    theirs, ours = make_rerank_pair(tiny_cross, top_n=3)
+    monkeypatch.setattr(type(theirs._model), "predict", fail)
+    monkeypatch.setattr(Reranker, "rerank", fail)
+    monkeypatch.setattr(Reranker, "arerank", fail)
+    for model in (theirs, ours):
+        with recorded(model) as log:
+            with pytest.raises(KeyError):
+                model.postprocess_nodes(make_nodes(), query_str="a river")
+            with pytest.raises(KeyError):
+                asyncio.run(model.apostprocess_nodes(make_nodes(), query_str="a river"))
+        logs.append(log.entries)
+    assert logs[0] == logs[1]
+    names = ["ReRankStartEvent", "start reranking", "end reranking", "SpanDropEvent"]
+    assert [name for name, _ in logs[1]] == names * 2
+
+
+@pytest.mark.parametrize("name", ["dtype", "hooks", "memory", "query_max_length", "show_progress", "truncation"])
+def test_our_own_options_do_not_get_lost_among_the_cross_encoders(tiny_cross: str, name: str) -> None:
+    """Difference: upstream's CrossEncoder raises TypeError; ours says where the option belongs."""
+    with pytest.raises(ConfigError, match=f"'{name}' is not an option of CrossEncoder"):
+        MemsafeRerank(tiny_cross, device="cpu", cross_encoder_kwargs={name: None})
 
 
 @pytest.mark.peers

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from memsafe.config import MemoryPolicy
-from memsafe.errors import ConfigError, MemsafeError, ModelError
-from memsafe.runtime import sbert, weights
+from memsafe.errors import ConfigError, MemsafeError, ModelError, ModelNotFoundError
+from memsafe.runtime import packing, sbert, weights
 from memsafe.runtime.device import Device, is_out_of_memory, open_device
 from memsafe.runtime.models import LoadedModel, ModelSpec
 
@@ -61,7 +61,8 @@ def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int)
         if isinstance(error, TypeError) and "argument" in str(error):
             raise ConfigError(f"options: {error}") from error
         if not is_out_of_memory(error):
-            raise ModelError(f"model: {spec.model!r} cannot be loaded: {type(error).__name__}: {error}") from error
+            kind = ModelNotFoundError if isinstance(error, OSError) else ModelError
+            raise kind(f"model: {spec.model!r} cannot be loaded: {type(error).__name__}: {error}") from error
     if st is None:  # outside the block above, whose traceback holds what was loaded so far
         device.release()
         need = checkpoint.bytes_as(target) if checkpoint is not None else 0
@@ -97,10 +98,14 @@ def _set_max_length(st: Any, max_length: int | None) -> None:
         return
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
         raise ConfigError(f"max_length: got {max_length!r}; give an int of at least 1, in tokens")
-    config = getattr(sbert.hf_model(st), "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
+    hf_model = sbert.hf_model(st)
+    positions = packing.learned_positions(hf_model) if isinstance(hf_model, torch.nn.Module) else None
     if positions is not None and max_length > positions:
-        raise ConfigError(f"max_length: got {max_length}, but the model has {positions} positions; give at most that")
+        warnings.warn(
+            f"max_length: got {max_length}, but the model has learnt {positions} positions; inputs are cut there",
+            stacklevel=4,
+        )
+        max_length = positions
     if hasattr(type(st), "max_seq_length"):
         st.max_seq_length = max_length
     else:

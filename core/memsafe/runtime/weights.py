@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from memsafe.config import format_bytes
-from memsafe.errors import ModelError, ModelTooLargeError
+from memsafe.errors import ModelError, ModelNotFoundError, ModelTooLargeError
 
 __all__ = ["Checkpoint", "check_fits", "inspect"]
 
@@ -77,9 +77,9 @@ def inspect(
     if path.is_dir():
         folder = path
     elif path.exists():
-        raise ModelError(f"model: {model} is a file; give the folder that holds it, or a hub id")
+        raise ModelNotFoundError(f"model: {model} is a file; give the folder that holds it, or a hub id")
     elif looks_local:
-        raise ModelError(
+        raise ModelNotFoundError(
             f"model: the folder {model} does not exist; give an existing folder or a hub id like 'BAAI/bge-m3'"
         )
     else:
@@ -132,10 +132,12 @@ def _from_cache(model: str, revision: str | None, cache_folder: str | None) -> P
 
 def _read(folder: Path, backend: str) -> Checkpoint:
     if not any(folder.iterdir()):
-        raise ModelError(f"model: the folder {folder} is empty; it needs a saved model (config.json and weights)")
+        raise ModelNotFoundError(
+            f"model: the folder {folder} is empty; it needs a saved model (config.json and weights)"
+        )
     config, modules = _json(folder / "config.json", dict), _json(folder / "modules.json", list)
     if config is None and modules is None:
-        raise ModelError(
+        raise ModelNotFoundError(
             f"model: {folder} has neither config.json nor modules.json; it is no saved model, or half a copy of one"
         )
     folders = [folder, *(folder / m["path"] for m in modules or [] if isinstance(m, dict) and m.get("path"))]
@@ -151,12 +153,12 @@ def _read(folder: Path, backend: str) -> Checkpoint:
             sizes = [file.stat().st_size for file in place.glob("*.bin")]
             found, other_bytes = found or bool(sizes), other_bytes + sum(sizes)
     if not found and backend == "torch" and config is not None:
-        raise ModelError(
+        raise ModelNotFoundError(
             f"model: {folder} has a configuration but no weights (*.safetensors, *.bin); the copy is not complete"
         )
     if found and config is not None and not any(any(place.glob(name)) for place in folders for name in _PREPROCESSING):
         # transformers 5 would make up an empty tokenizer, to which every word is unknown
-        raise ModelError(
+        raise ModelNotFoundError(
             f"model: {folder} has weights but no tokenizer (tokenizer.json, ...); the copy is not complete"
         )
     return Checkpoint(folder, _kind(folder, config, modules), elements, other_bytes)
