@@ -98,6 +98,8 @@ class _Entry:
     saved: Path | None = None
 
 
+SETTLE_S = 0.5
+"""Between two contenders: threads of the one before may still be waiting for work in a loop, on the cores of the next."""
 SLOW_S = 8.0
 """Whoever takes longer for a run is in the first two rounds only, so that there is time for more rounds of the others."""
 WARM_RUNS = 3
@@ -170,6 +172,7 @@ def compare(
         for entry in entries[turn:] + entries[:turn]:
             if entry.contender not in arena.contenders or (done >= 2 and max(entry.seconds, default=0.0) > SLOW_S):
                 continue
+            time.sleep(SETTLE_S)
             save = folder / f"{name}-{len(arena.loaded)}-{entries.index(entry)}.npy" if done == 0 else None
             try:
                 entry.last = arena.workers[entry.contender.label].run(whole, entry.setting, save=save)

@@ -150,7 +150,7 @@ class RunReport:
     """Seconds inside forwards, summed over lanes that ran side by side."""
     total_s: float = 0.0
     lanes: int = 1
-    """How many micro-batches ran side by side at most."""
+    """How many micro-batches were on a device at most when one of this call began, that one and other calls' included."""
     notes: tuple[str, ...] = ()
     """What a user should know once: allocator settings in force, a path that could not be used, and why."""
 
@@ -171,6 +171,7 @@ class RunReport:
         def size(value: int | None) -> str:
             return "not measured" if value is None else format_bytes(value)
 
+        measured = "" if self.measured_peak_bytes is None else "measured "
         rows = [
             ("device, path", f"{self.device} {self.dtype}, {self.path}"),
             ("texts", f"{self.texts:,} ({self.distinct_texts:,} distinct, {self.truncated:,} truncated)"),
@@ -181,7 +182,7 @@ class RunReport:
             ),
             (
                 "memory beyond weights",
-                f"predicted {size(self.predicted_peak_bytes)}, measured {size(self.measured_peak_bytes)}; "
+                f"predicted {size(self.predicted_peak_bytes)}, {measured}{size(self.measured_peak_bytes)}; "
                 f"weights {size(self.weights_bytes)}",
             ),
             ("process peak", size(self.process_peak_bytes)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memsafe.runtime.executor import FAIRNESS
+from memsafe.runtime.admission import FAIRNESS
 from memsafe.runtime.jobs import OLDEST, QUERY
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder
 from tests.concurrency.helpers import PATIENCE_S, Watch, occupy, pending, start, wait_until

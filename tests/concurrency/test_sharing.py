@@ -30,6 +30,13 @@ class Cores(SimulatedDevice):
         self.most_allocated = max(self.most_allocated, self._allocated)
 
 
+def test_a_report_says_how_many_ran_side_by_side() -> None:
+    """A single text runs alone, many on as many lanes as there are, whatever division of the cores is tried at the end."""
+    with SimulatedEmbedder(Cores("4GiB", kind="cpu"), memory={"max_tokens": 128}) as embedder:
+        assert embedder.run(["one text"]).report.lanes == 1
+        assert embedder.run(texts(200, words=40)).report.lanes == 4
+
+
 @pytest.mark.parametrize("callers", [1, 32])
 def test_memory_does_not_multiply_with_callers(callers: int) -> None:
     """With 1 and with 32 threads, asyncio tasks beside them, an embedder and a reranker on one device: never more

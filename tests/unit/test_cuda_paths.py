@@ -12,7 +12,8 @@ import torch
 
 from memsafe import Embedder, MemoryPolicy, ModelTooLargeError
 from memsafe.runtime import kernels, models, selfcheck
-from memsafe.runtime.executor import MOST_ROWS, Executor
+from memsafe.runtime.admission import MOST_ROWS
+from memsafe.runtime.executor import Executor
 from memsafe.runtime.output import HostCopy
 from tests.models import needs_interface, save_embedder
 

@@ -68,7 +68,7 @@ def test_an_empty_report_prints_without_dividing_by_zero() -> None:
     """A run of nothing has rates of 0, no peaks, and nothing to recover from."""
     report = RunReport()
     assert (report.padding_ratio, report.tokens_per_s) == (0.0, 0.0)
-    assert "not measured" in str(report)
+    assert ", not measured;" in str(report)
     assert "nothing" in str(report)
 
 

@@ -27,8 +27,9 @@ from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostModel
 from memsafe.planning.ramp import LaneChoice
 from memsafe.planning.recovery import GiveUp
+from memsafe.runtime.admission import FAIRNESS, Ticket
 from memsafe.runtime.dispatcher import Dispatcher
-from memsafe.runtime.executor import FAIRNESS, Executor, Ticket
+from memsafe.runtime.executor import Executor
 from memsafe.runtime.jobs import BULK, QUERY, Backlog, Job, QueueKey
 from memsafe.testing import SimulatedDevice, SimulatedModel
 

@@ -18,8 +18,9 @@ from functools import partial
 from typing import Any
 
 from memsafe.errors import ClosedError
+from memsafe.runtime.admission import FAIRNESS, Ticket
 from memsafe.runtime.device import Device
-from memsafe.runtime.executor import FAIRNESS, Executor, Ticket
+from memsafe.runtime.executor import Executor
 from memsafe.runtime.jobs import QUERY, Job
 
 __all__ = ["Dispatcher", "dispatcher_of"]
@@ -247,6 +248,8 @@ class Dispatcher:
             if not busy:
                 self._running = (lanes, threads)
             self._in_flight[ticket] = executor
+            for job in _jobs([ticket]):
+                job.report.peak(lanes=busy + 1)
             served = (executor, ticket.batch.items[0].job.key.priority)
             self._passed = {each: self._passed.get(each, 0) + 1 for each in waiting if each != served}
             return executor, ticket

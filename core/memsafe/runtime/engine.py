@@ -21,9 +21,10 @@ from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostModel
 from memsafe.planning.store import CostStore
 from memsafe.runtime import allocator, reaper
+from memsafe.runtime.admission import WORTH_RELEASING
 from memsafe.runtime.device import Device, open_device
 from memsafe.runtime.dispatcher import dispatcher_of
-from memsafe.runtime.executor import WORTH_RELEASING, Executor
+from memsafe.runtime.executor import Executor
 from memsafe.runtime.jobs import BULK, QUERY, Backlog, Job, QueueKey
 from memsafe.runtime.loading import load
 from memsafe.runtime.models import LoadedModel, ModelSpec
@@ -211,7 +212,6 @@ class Engine:
             texts=num_texts,
             distinct_texts=job.writer.num_rows,
             weights_bytes=sum(m.weights_bytes for m in self.models),
-            lanes=max((executor.lanes[0] for executor in self.executors), default=0),
             total_s=time.perf_counter() - job.started,
         )
         for note in self._notes:
