@@ -37,6 +37,22 @@ def test_a_report_says_how_many_ran_side_by_side() -> None:
         assert embedder.run(texts(200, words=40)).report.lanes == 4
 
 
+def test_lanes_know_what_others_are_trying() -> None:
+    """While sizes are still looked for, the first micro-batch is told that nobody tries a size, those beside it that one does."""
+    with SimulatedEmbedder(Cores("4GiB", kind="cpu")) as embedder:
+        (executor,) = embedder._engine.executors
+        admit, told = executor.admit, []
+
+        def recorded(in_flight: int, busy: int, lanes: int, trying: bool) -> object:
+            told.append((busy, trying))
+            return admit(in_flight, busy, lanes, trying)
+
+        executor.admit = recorded  # type: ignore[method-assign,assignment]
+        embedder.run(texts(400, words=40))
+    assert told[0] == (0, False)
+    assert any(trying for busy, trying in told if busy) and not any(trying for busy, trying in told if not busy)
+
+
 @pytest.mark.parametrize("callers", [1, 32])
 def test_memory_does_not_multiply_with_callers(callers: int) -> None:
     """With 1 and with 32 threads, asyncio tasks beside them, an embedder and a reranker on one device: never more

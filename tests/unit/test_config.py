@@ -169,7 +169,7 @@ def test_a_given_limit(option: Any, expected: int) -> None:
         {"wait_s": "30"},
         {"wait_s": True},
         {"knee": -0.1},
-        {"knee": None},
+        {"knee": "3%"},
         {"max_tokens": 0},
         {"max_tokens": 1.5},
         {"max_tokens": True},

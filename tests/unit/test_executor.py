@@ -27,7 +27,7 @@ from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostModel
 from memsafe.planning.ramp import LaneChoice
 from memsafe.planning.recovery import GiveUp
-from memsafe.runtime.admission import FAIRNESS, Ticket
+from memsafe.runtime.admission import CPU_KNEE, FAIRNESS, KNEE, Ticket
 from memsafe.runtime.dispatcher import Dispatcher
 from memsafe.runtime.executor import Executor
 from memsafe.runtime.jobs import BULK, QUERY, Backlog, Job, QueueKey
@@ -580,7 +580,7 @@ def test_lanes_are_judged_by_what_began_under_them() -> None:
         lanes=(2, 1),
         backlog=SimpleNamespace(pending=5),
         model=SimpleNamespace(flops=lambda shape: shape.tokens),
-        record_lanes=lambda units, seconds, cpu_seconds: recorded.append(units),
+        record_lanes=lambda units, seconds, starved: recorded.append(units),
     )
     items = tuple(TokenizedInput(i, np.arange(4, dtype=np.int32)) for i in range(2))
     for running, counts in (((2, 1), 0), ((2, 1), 1), ((1, 2), 1), ((2, 1), 2)):  # the first has nothing before it
@@ -590,8 +590,8 @@ def test_lanes_are_judged_by_what_began_under_them() -> None:
         assert recorded == [8] * counts
 
 
-@pytest.mark.parametrize(("cpu_share", "kept"), [(0.95, [2]), (0.5, [])])
-def test_lanes_chosen_while_others_compute_are_not_kept(cpu_share: float, kept: list[int]) -> None:
+@pytest.mark.parametrize(("starved", "kept"), [(0.02, [2]), (0.5, [])])
+def test_lanes_chosen_while_others_compute_are_not_kept(starved: float, kept: list[int]) -> None:
     """A choice that another process may have spoilt serves this process alone; the next one searches again."""
     bench = Bench("1GiB", known=True)
     executor, remembered = bench.executor, []
@@ -599,7 +599,7 @@ def test_lanes_chosen_while_others_compute_are_not_kept(cpu_share: float, kept: 
     executor._remember = lambda cost: remembered.append(cost.lanes)
     for _ in range(40):
         units = 100.0 if executor.lane_choice.current() == (2, 1) else 50.0
-        executor.record_lanes(units, 0.5, 0.5 * 2 * cpu_share)
+        executor.record_lanes(units, 0.5, 0.5 * 2 * starved)
     assert executor.lane_choice.current() == (2, 1) and executor.lane_choice.done
     assert remembered == kept
 
@@ -613,6 +613,36 @@ def test_few_measurements_are_made_more() -> None:
     sizes = [forward.tokens for forward in bench.device.forwards]
     assert sizes[:2] == [128, 256] and set(sizes[2:]) == {64}
     assert (rows == reference(texts)).all()
+
+
+def test_large_sizes_are_tried_by_one_lane_at_a_time() -> None:
+    """On a CPU a second micro-batch beside one of a large size on trial has the best size so far: memory is not doubled."""
+    bench = Bench(device=SimulatedDevice("1GiB", kind="cpu"), target_tokens=None, known=True, per_token_bytes=KIB)
+    for tokens in (512, 1024):
+        shape = BatchShape.of([tokens], packed=True)
+        bench.executor.cost.observe(shape, tokens * KIB, tokens * KIB)
+    bench.job(texts_of(2000, 16))
+    ramp = bench.executor.ramp
+    for size in (256, 256):  # a warm-up, and a measurement
+        ramp.record(size, 1.0)
+    assert [getattr(bench.executor.admit(0, busy, 2, busy > 0), "size", None) for busy in (0, 1)] == [512, 512]
+    ramp.record(512, 1.0)
+    first, second = bench.executor.admit(0, 0, 2), bench.executor.admit(0, 1, 2, True)
+    assert first is not None and first.size == 1024 and first.batch.shape.tokens > 900
+    assert second is not None and second.size is None and 400 < second.batch.shape.tokens <= 512
+
+
+@pytest.mark.parametrize(("kind", "knee", "used"), [("cuda", None, KNEE), ("cpu", None, CPU_KNEE), ("cpu", 0.0, 0.0)])
+def test_which_gain_is_worth_its_memory(kind: str, knee: float | None, used: float) -> None:
+    """The policy's knee, or the device's: on a CPU every lane holds a micro-batch, so a doubling must gain more."""
+    bench = Bench(device=SimulatedDevice("1GiB", kind=kind), memory=MemoryPolicy(knee=knee), target_tokens=None)
+    ramp = bench.executor.ramp
+    for _ in range(2):
+        ramp.record(256, 1.0)
+    ramp.record(512, 2.0 / (1 + used - 0.001))
+    assert ramp.best_tokens == 256
+    ramp.record(512, 2.0 / (1 + used + 0.001))
+    assert ramp.best_tokens == 512
 
 
 def test_the_first_micro_batches_grow_and_are_within_the_budget() -> None:

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from memsafe.config import GiB, KiB, MiB
 from memsafe.runtime import portable
-from memsafe.runtime.host import LinuxHost, open_host
+from memsafe.runtime.host import LinuxHost, open_host, starved_seconds
 from memsafe.runtime.portable import PortableHost
 
 PAGE = 4096
@@ -500,3 +501,33 @@ def test_any_other_unix() -> None:
     assert 0 < snapshot.reserved_bytes < snapshot.total_bytes
     assert host.reset_peak() is False
     assert host.num_cores() >= 1
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/thread-self/schedstat"), reason="no /proc/thread-self/schedstat here")
+def test_a_thread_knows_how_long_it_had_no_core() -> None:
+    """Beside another busy process on the only core it may use, a thread waits for about half of its time; sleeping is no
+    waiting."""
+    waited: dict[str, float] = {}
+    core = min(os.sched_getaffinity(0))
+
+    def work() -> None:
+        os.sched_setaffinity(0, {core})  # of this thread alone
+        before = starved_seconds()
+        time.sleep(0.2)
+        waited["asleep"] = starved_seconds() - before
+        end = time.perf_counter() + 1.0
+        while time.perf_counter() < end:
+            pass
+        waited["busy"] = starved_seconds() - before - waited["asleep"]
+
+    busy = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", busy]) as neighbour:
+        try:
+            time.sleep(0.2)
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        finally:
+            neighbour.kill()
+    assert waited["asleep"] < 0.1
+    assert 0.2 < waited["busy"] < 1.0

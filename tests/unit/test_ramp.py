@@ -293,16 +293,16 @@ def test_a_candidate_far_behind_is_given_up_early() -> None:
 
 
 def test_lanes_are_measured_again_while_others_take_their_cores() -> None:
-    """Windows in which other processes had part of the cores are repeated, and the best one counts."""
+    """Windows in which lanes waited for cores are repeated, and the best one counts."""
     choice = LaneChoice(2, window_s=1.0)
     choice.record(50, 1.0, 1.0)
     for _ in range(2):
-        choice.record(50, 1.0, 1.0)  # half of the two cores
+        choice.record(50, 1.0, 1.0)  # half of the two lanes' time
         assert choice.current() == (2, 1) and not choice.rates
-    choice.record(100, 1.0, 1.9)
+    choice.record(100, 1.0, 0.1)
     assert choice.rates == {(2, 1): 100}
     for _ in range(2):
-        choice.record(75, 1.0, 1.0)  # threads that wait for each other use no time: nothing can be told from it
+        choice.record(75, 1.0, 1.0)  # only N x 1 is repeated: it is the usual choice
     assert (choice.done, choice.current(), choice.steady) == (True, (2, 1), True)
 
 
@@ -314,7 +314,7 @@ def test_a_choice_made_among_others_is_not_kept() -> None:
         assert choice.current() == (2, 1)
         choice.record(40 + window, 1.0, 1.0)
     for _ in range(2):
-        choice.record(80, 1.0, 1.9)
+        choice.record(80, 1.0, 0.1)
     assert (choice.done, choice.current(), choice.steady) == (True, (1, 2), False)
     assert choice.rates == {(2, 1): 43, (1, 2): 80}
 

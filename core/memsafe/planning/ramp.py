@@ -19,8 +19,9 @@ _CLEAR = 1.1
 times as fast as one."""
 _HOPELESS = 0.7
 """A candidate below this share of the best rate is given up after a few micro-batches: its whole window would be lost time."""
-_OWN_CORES = 0.85
-"""The share of all cores that lanes of one thread each have, if nobody else computes: 0.91 to 0.97 was measured."""
+_STARVED = 0.1
+"""The share of its time that a lane may have waited for a core: 0.01 to 0.02 on a quiet machine with two, 0.54 to 0.58
+with two busy processes beside."""
 _WINDOWS = 4
 """While others compute, the first candidate is measured so many times at most."""
 
@@ -78,6 +79,11 @@ class Ramp:
     def target_tokens(self) -> int | None:
         """The best size; None until :attr:`done`."""
         return self._target
+
+    @property
+    def best_tokens(self) -> int:
+        """The best size so far; the first one if none has been measured."""
+        return self._sizes[0] if self._best is None else self._best
 
     @property
     def at_knee(self) -> bool:
@@ -144,7 +150,7 @@ class LaneChoice:
     the fastest, ..., 4 x N/4, 2 x N/2, 1 x N. Each is tried for `window_s` seconds of wall clock; the search stops
     early once two in a row are worse, and a candidate that is far behind is given up before its time.
     If the best two are within 10 %, both are measured once more, and the better of each one's two rates counts: noise
-    only slows. N x 1, whose share of the cores is known, is measured again while other processes take part of it.
+    only slows. N x 1, the usual choice, is measured again while other processes take its cores.
     Of candidates within `knee` of the fastest the one with the fewest lanes wins: lanes multiply memory.
     max_lanes: never more lanes than this, for example for memory's sake.
     chosen: the lanes that an earlier search chose; used, and not searched again, if they are a candidate here.
@@ -166,7 +172,6 @@ class LaneChoice:
         if lanes[-1] != num_cores:
             lanes.append(num_cores)
         self.candidates = [(count, num_cores // count) for count in reversed(lanes) if count <= most]
-        self._num_cores = num_cores
         self._window_s = window_s
         self._knee = knee
         self._position = 0
@@ -174,7 +179,7 @@ class LaneChoice:
         self._again: list[int] | None = None  # positions still to be measured a second time
         self._tokens = 0.0
         self._seconds = 0.0
-        self._cpu_seconds = 0.0
+        self._starved_seconds = 0.0
         self._records = 0
         self._windows = 0
         self._fastest = 0.0  # of this candidate's windows
@@ -197,9 +202,9 @@ class LaneChoice:
         """(lanes, threads per lane) to run with now: the candidate being measured, or the choice once done."""
         return self.candidates[self._position] if self._choice is None else self._choice
 
-    def record(self, tokens: float, seconds: float, cpu_seconds: float | None = None) -> None:
-        """Tell that all lanes together finished `tokens` (or cost units) in `seconds` of wall clock, for which the process
-        used `cpu_seconds`; None if that is not known.
+    def record(self, tokens: float, seconds: float, starved_seconds: float = 0.0) -> None:
+        """Tell that all lanes together finished `tokens` (or cost units) in `seconds` of wall clock, and that the lane which
+        did was ready to run and had no core for `starved_seconds`.
 
         The first record of each candidate only warms up (new threads, memory touched for the first time).
         """
@@ -210,7 +215,7 @@ class LaneChoice:
             return
         self._tokens += tokens
         self._seconds += seconds
-        self._cpu_seconds += seconds * self._num_cores if cpu_seconds is None else cpu_seconds
+        self._starved_seconds += starved_seconds
         self._records += 1
         lanes, threads = self.candidates[self._position]
         rate = self._tokens / self._seconds
@@ -218,13 +223,13 @@ class LaneChoice:
         hopeless = self._records > lanes and rate < _HOPELESS * max(self._rates, default=0.0)
         if self._seconds < self._window_s and not hopeless:
             return
-        own = self._cpu_seconds / (self._seconds * self._num_cores)
-        self._tokens = self._seconds = self._cpu_seconds = 0.0
+        starved = self._starved_seconds / (self._seconds * lanes)
+        self._tokens = self._seconds = self._starved_seconds = 0.0
         self._records = 0
         self._fastest = max(rate, self._fastest)
         if threads == 1 and self._again is None:
             self._windows += 1
-            self.steady = own >= _OWN_CORES
+            self.steady = starved <= _STARVED
             if not self.steady and self._windows < _WINDOWS:
                 return
         rate, self._fastest, self._warm = self._fastest, 0.0, False

@@ -21,6 +21,7 @@ from memsafe.errors import ClosedError
 from memsafe.runtime.admission import FAIRNESS, Ticket
 from memsafe.runtime.device import Device
 from memsafe.runtime.executor import Executor
+from memsafe.runtime.host import starved_seconds
 from memsafe.runtime.jobs import QUERY, Job
 
 __all__ = ["Dispatcher", "dispatcher_of"]
@@ -70,7 +71,7 @@ class Dispatcher:
         self._closing = False
         self._forking = False
         self._passed: dict[tuple[Executor, int], int] = {}  # grants to others while work of this priority waited
-        self._last_done: tuple[float, float] | None = None  # wall clock, and processor time of the process
+        self._last_done: float | None = None
         self._running: tuple[int, int | None] | None = None
 
     def attach(self, executor: Executor) -> None:
@@ -159,6 +160,8 @@ class Dispatcher:
         try:
             while (grant := self._next()) is not None:
                 executor, ticket = grant
+                judged = ticket.threads == 1 and not executor.lane_choice.done
+                starved_before = starved_seconds() if judged else 0.0
                 try:
                     if ticket.threads is not None:
                         set_threads(ticket.threads)
@@ -168,7 +171,7 @@ class Dispatcher:
                     for job in _jobs([ticket]):
                         job.fail(self._death(error))
                 finally:
-                    self._done(ticket)
+                    self._done(ticket, starved_seconds() - starved_before if judged else 0.0)
                     if executor.broken is not None and not executor.backlog.has_others(executor):
                         executor.backlog.end(partial(_all_failed, executor.broken))
                     del executor, ticket, grant
@@ -239,7 +242,8 @@ class Dispatcher:
             if busy and self.device.kind == "cpu" and (lanes, threads) != self._running and not urgent:
                 continue  # another division of the cores is still at work
             in_flight = sum(ticket.bound_bytes for ticket in running)
-            ticket = executor.admit(in_flight, busy, lanes)
+            trying = any(self._in_flight[each] is executor and each.size is not None for each in running)
+            ticket = executor.admit(in_flight, busy, lanes, trying)
             if ticket is None:
                 continue
             if threads is not None:
@@ -278,8 +282,8 @@ class Dispatcher:
 
         return list(dict.fromkeys(executor for executor, _ in sorted(waiting, key=rank)))
 
-    def _done(self, ticket: Ticket) -> None:
-        now, cpu_now = time.perf_counter(), time.process_time()
+    def _done(self, ticket: Ticket, starved_s: float = 0.0) -> None:
+        now = time.perf_counter()
         with self._lock:
             executor = self._in_flight.pop(ticket)
             self._paused.discard(ticket)
@@ -288,9 +292,8 @@ class Dispatcher:
             # What was begun under another division of the cores says nothing about the one that is tried now.
             counts = ticket.fits and not ticket.probe and executor.lanes == self._running
             if self._last_done is not None and busy_on and counts:
-                last, cpu_last = self._last_done
-                executor.record_lanes(executor.model.flops(ticket.batch.shape), now - last, cpu_now - cpu_last)
-            self._last_done = (now, cpu_now) if busy_on or self._in_flight else None
+                executor.record_lanes(executor.model.flops(ticket.batch.shape), now - self._last_done, starved_s)
+            self._last_done = now if busy_on or self._in_flight else None
             self._condition.notify_all()
 
 
