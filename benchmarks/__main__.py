@@ -131,7 +131,7 @@ class Suite:
             (by_label["memsafe"], {}, "default"),
             (by_label[label], setting, name),
         ]
-        return {"rows": scale(task, chosen, sizes, folder=self.folder, limit_s=10 if self.quick else 300)}
+        return {"rows": scale(task, chosen, sizes, folder=self.folder, limit_s=10 if self.quick else 200)}
 
     def concurrency(self) -> Results:
         """Many callers."""

@@ -28,6 +28,7 @@ from memsafe.planning.cost import CostModel
 from memsafe.planning.ramp import LaneChoice
 from memsafe.planning.recovery import GiveUp
 from memsafe.runtime.admission import CPU_KNEE, FAIRNESS, KNEE, Ticket
+from memsafe.runtime.allocator import heap
 from memsafe.runtime.dispatcher import Dispatcher
 from memsafe.runtime.executor import Executor
 from memsafe.runtime.jobs import BULK, QUERY, Backlog, Job, QueueKey
@@ -613,6 +614,43 @@ def test_few_measurements_are_made_more() -> None:
     sizes = [forward.tokens for forward in bench.device.forwards]
     assert sizes[:2] == [128, 256] and set(sizes[2:]) == {64}
     assert (rows == reference(texts)).all()
+
+
+@pytest.mark.parametrize(
+    ("growth", "options", "released"),
+    [
+        (30 * MiB, {}, 0),
+        (40 * MiB, {}, 1),
+        (40 * MiB, {"per_token_bytes": MiB // 2}, 0),  # two lanes' micro-batches of 64 tokens take 64 MiB
+        (70 * MiB, {"per_token_bytes": MiB // 2}, 1),
+        (40 * MiB, {"kind": "cuda"}, 0),
+        (40 * MiB, {"release": "never"}, 0),
+        (40 * MiB, {"exact": True}, 0),
+    ],
+)
+def test_a_heap_that_creeps_is_trimmed(
+    growth: int, options: dict[str, Any], released: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU the process may grow by what the lanes need, or 32 MiB, before its heap is trimmed; then it is counted anew."""
+    memory = MemoryPolicy(wait_s=0, release=options.get("release", "pressure"))
+    device = SimulatedDevice("1GiB", kind=options.get("kind", "cpu"))
+    per_token = options.get("per_token_bytes", 64 * KIB)
+    bench = Bench(device=device, memory=memory, known=True, per_token_bytes=per_token)
+    monkeypatch.setattr(heap, "exact", options.get("exact", False))
+    monkeypatch.setattr(heap, "loosen", lambda: None)
+    size, releases = [500 * MiB], []
+    monkeypatch.setattr(device, "process_bytes", lambda: size[0])
+    monkeypatch.setattr(device, "release", lambda: releases.append(size[0]) or 0)
+    bench.job(texts_of(200))
+    assert bench.executor.admit(0, 0, 2) is not None and not releases  # where it begins is no growth
+    size[0] += growth
+    for _ in range(3):
+        assert bench.executor.admit(0, 0, 2) is not None
+    assert len(releases) == released
+    size[0] += growth
+    assert bench.executor.admit(0, 0, 2) is not None
+    if released:
+        assert releases == [500 * MiB + growth, 500 * MiB + 2 * growth]
 
 
 def test_large_sizes_are_tried_by_one_lane_at_a_time() -> None:
