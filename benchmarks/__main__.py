@@ -89,8 +89,8 @@ class Suite:
         return {"tasks": found}
 
     def _fastest(self, section: str, label: str, fallback: Results) -> tuple[Results, str]:
-        """The setting at which the contender was fastest in an earlier section of this run, and its name."""
-        rows = [row for found in self.done.get(section, {}).get("tasks", []) for row in found["rows"]]
+        """The setting at which the contender was fastest in the first task of an earlier section, and its name."""
+        rows = [row for found in self.done.get(section, {}).get("tasks", [])[:1] for row in found["rows"]]
         rows = [row for row in rows if row["label"] == label]
         if not rows:
             return fallback, f"batch {fallback['batch_size']}"

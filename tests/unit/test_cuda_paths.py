@@ -13,6 +13,7 @@ import torch
 from memsafe import Embedder, MemoryPolicy, ModelTooLargeError
 from memsafe.runtime import kernels, models, selfcheck
 from memsafe.runtime.admission import MOST_ROWS
+from memsafe.runtime.device import CpuDevice
 from memsafe.runtime.executor import Executor
 from memsafe.runtime.output import HostCopy
 from tests.models import needs_interface, save_embedder
@@ -227,6 +228,19 @@ def test_a_self_check_is_kept_for_its_card(monkeypatch: pytest.MonkeyPatch, tmp_
     store("Tesla T4").save(check)
     assert store("Tesla T4").load() == check
     assert store("NVIDIA A100").load() is None
+
+
+@needs_interface
+def test_what_a_self_check_took_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the heap is trimmed after a check; a second load, which remembers it, has nothing to give back."""
+    monkeypatch.setenv("MEMSAFE_CACHE_DIR", str(tmp_path / "cache"))
+    released: list[int] = []
+    monkeypatch.setattr(CpuDevice, "release", lambda self: released.append(1) or 0)
+    folder = str(save_embedder(tmp_path / "model"))
+    for expected in (1, 0):
+        released.clear()
+        with Embedder(folder, device="cpu"):
+            assert len(released) == expected
 
 
 @needs_interface
