@@ -15,8 +15,9 @@ import pytest
 
 from memsafe.config import GiB, KiB, MiB
 from memsafe.runtime import portable
-from memsafe.runtime.host import LinuxHost, open_host, starved_seconds
+from memsafe.runtime.host import LinuxHost, open_host
 from memsafe.runtime.portable import PortableHost
+from memsafe.runtime.threads import starved_seconds
 
 PAGE = 4096
 NO_LIMIT_V1 = 9223372036854771712  # what the kernel writes: LONG_MAX rounded down to a page

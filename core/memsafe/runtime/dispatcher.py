@@ -12,16 +12,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from memsafe.errors import ClosedError
 from memsafe.runtime.admission import FAIRNESS, Ticket
 from memsafe.runtime.device import Device
 from memsafe.runtime.executor import Executor
-from memsafe.runtime.host import starved_seconds
 from memsafe.runtime.jobs import QUERY, Job
 
 __all__ = ["Dispatcher", "dispatcher_of"]
@@ -156,7 +154,7 @@ class Dispatcher:
                     raise
 
     def _lane(self) -> None:
-        set_threads = _thread_setter(self.device)
+        set_threads, starved_seconds = _thread_tools(self.device)
         try:
             while (grant := self._next()) is not None:
                 executor, ticket = grant
@@ -336,13 +334,13 @@ class _Site:
         return [t for t in owner._in_flight if t is not self._ticket and t not in owner._paused]
 
 
-def _thread_setter(device: Device) -> Any:
-    """Sets how many threads torch's operations use in the calling thread."""
+def _thread_tools(device: Device) -> tuple[Callable[[int], None], Callable[[], float]]:
+    """Sets how many threads torch's operations use in the calling thread; tells how long it has had no core."""
     if device.kind != "cpu":
-        return lambda threads: None
-    from memsafe.runtime.threads import set_threads
+        return lambda threads: None, lambda: 0.0
+    from memsafe.runtime.threads import set_threads, starved_seconds
 
-    return set_threads
+    return set_threads, starved_seconds
 
 
 def _jobs(tickets: Iterable[Ticket]) -> list[Job]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from memsafe.planning.budget import MemorySnapshot
 
-__all__ = ["Host", "LinuxHost", "open_host", "starved_seconds"]
+__all__ = ["Host", "LinuxHost", "open_host"]
 
 
 class Host(ABC):
@@ -54,13 +54,6 @@ def open_host() -> Host:
     from memsafe.runtime.portable import PortableHost
 
     return PortableHost()
-
-
-def starved_seconds() -> float:
-    """How long the calling thread has been ready to run and had no core, since it began: the run delay of Linux's
-    /proc/thread-self/schedstat (nanoseconds, the second field). Always 0 where the system does not say."""
-    fields = (_read("/proc/thread-self/schedstat") or b"").split()
-    return int(fields[1]) / 1e9 if len(fields) == 3 else 0.0
 
 
 class _Level(NamedTuple):

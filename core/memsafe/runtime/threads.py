@@ -1,4 +1,5 @@
-"""How many cores an operation uses in the calling thread, without touching what other threads of the process use."""
+"""The calling thread and its cores: how many an operation uses, without touching what other threads of the process use, and
+how long the thread has had none."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["set_threads"]
+__all__ = ["set_threads", "starved_seconds"]
 
 
 def set_threads(count: int) -> None:
@@ -26,6 +27,17 @@ def set_threads(count: int) -> None:
         torch.set_num_threads(count)
     for setter in setters:
         setter(count)
+
+
+def starved_seconds() -> float:
+    """How long the calling thread has been ready to run and had no core, since it began: the run delay of Linux's
+    /proc/thread-self/schedstat (nanoseconds, the second field). Always 0 where the system does not say."""
+    try:
+        with open("/proc/thread-self/schedstat", "rb") as stream:
+            fields = stream.read().split()
+    except OSError:
+        return 0.0
+    return int(fields[1]) / 1e9 if len(fields) == 3 else 0.0
 
 
 @lru_cache(maxsize=1)
