@@ -19,6 +19,7 @@ from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from sentence_transformers import CrossEncoder
 
 from llama_index_memsafe import MemsafeEmbedding, MemsafeRerank
 from memsafe import ConfigError, MemoryPolicy, MemsafeError, Reranker
@@ -70,6 +71,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_scores_and_order_are_upstreams(name: str, make_rerank_pair: Any, passages: list[str]) -> None:
     """Same nodes, same order, same scores (python floats) on a real cross-encoder, sync and async."""
+    if name == "prompt" and "prompts" not in inspect.signature(CrossEncoder.__init__).parameters:
+        pytest.skip("this sentence-transformers has no prompts for cross-encoders")
     theirs, ours = make_rerank_pair(**OPTIONS[name])
     texts = [*passages[5:10], "", TEXTS[0]]
     expected = theirs.postprocess_nodes(make_nodes(texts, source="a page"), query_str="How do rivers flow?")
