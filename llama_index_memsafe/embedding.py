@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.constants import DEFAULT_EMBED_BATCH_SIZE
 from llama_index.core.utils import get_cache_dir, infer_torch_device
 
+from llama_index_memsafe._cache import COLLECTION, CachedWork, turn
 from llama_index_memsafe._devices import device_list
 from llama_index_memsafe._events import (
     current_progress,
@@ -31,11 +30,6 @@ from memsafe import ConfigError, Embedder, EventHook, InputError, InputTooLargeE
 __all__ = ["MemsafeEmbedding"]
 
 _DOCUMENT_PROMPTS = ("text", "document", "passage", "corpus")
-_CACHED_AT_ONCE = 1024
-"""Texts embedded before they are put into the cache: what is finished survives whatever comes after."""
-_COLLECTION = "embeddings"
-_ENTRIES_PER_TURN = 256
-"""Entries of a cache that an async call handles before it lets the event loop run: 15 microseconds each in memory."""
 _ROWS_PER_TURN = 512
 """Rows turned into lists by an async call before it lets the event loop run."""
 
@@ -313,9 +307,9 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
 
     def _get_text_embeddings_cached(self, texts: list[str]) -> list[Embedding]:
         cache: Any = self.embeddings_cache
-        work = _CachedWork(texts)
+        work = CachedWork(texts)
         for text in work.distinct:
-            work.take(text, cache.get(key=text, collection=_COLLECTION))
+            work.take(text, cache.get(key=text, collection=COLLECTION))
         for part in work.parts():
             done: Iterable[tuple[str, Embedding]]
             try:
@@ -323,16 +317,16 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
             except InputTooLargeError as error:
                 done = work.rescued(error, part)
             for text, embedding in done:
-                cache.put(key=text, val=work.add(text, embedding), collection=_COLLECTION)
+                cache.put(key=text, val=work.add(text, embedding), collection=COLLECTION)
             work.check()
         return work.embeddings()
 
     async def _aget_text_embeddings_cached(self, texts: list[str]) -> list[Embedding]:
         cache: Any = self.embeddings_cache
-        work = _CachedWork(texts)
+        work = CachedWork(texts)
         for number, text in enumerate(work.distinct):
-            work.take(text, await cache.aget(key=text, collection=_COLLECTION))
-            await _turn(number)
+            work.take(text, await cache.aget(key=text, collection=COLLECTION))
+            await turn(number)
         for part in work.parts():
             done: Iterable[tuple[str, Embedding]]
             try:
@@ -340,74 +334,10 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
             except InputTooLargeError as error:
                 done = work.rescued(error, part)
             for number, (text, embedding) in enumerate(done):
-                await cache.aput(key=text, val=work.add(text, embedding), collection=_COLLECTION)
-                await _turn(number)
+                await cache.aput(key=text, val=work.add(text, embedding), collection=COLLECTION)
+                await turn(number)
             work.check()
         return work.embeddings()
-
-
-class _CachedWork:
-    """What of `texts` is in a cache, what is missing, and what an error leaves. Values are upstream's: {uuid: embedding}."""
-
-    def __init__(self, texts: list[str]) -> None:
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(f"texts: entry {index} is a {type(text).__name__}, not a str", index=index)
-        self._texts = texts
-        self._known: dict[str, dict[str, Embedding] | None] = dict.fromkeys(texts)
-        self._error: InputTooLargeError | None = None
-
-    @property
-    def distinct(self) -> list[str]:
-        return list(self._known)
-
-    def take(self, text: str, value: dict[str, Embedding] | None) -> None:
-        self._known[text] = value
-
-    def parts(self) -> Iterator[list[str]]:
-        """The missing texts, some at a time, so that what is finished is kept whatever happens to the rest."""
-        missing = [text for text, value in self._known.items() if value is None]
-        for start in range(0, len(missing), _CACHED_AT_ONCE):
-            yield missing[start : start + _CACHED_AT_ONCE]
-
-    def add(self, text: str, embedding: Embedding) -> dict[str, Embedding]:
-        value = {str(uuid.uuid4()): embedding}
-        self._known[text] = value
-        return value
-
-    def rescued(self, error: InputTooLargeError, part: list[str]) -> Iterator[tuple[str, Embedding]]:
-        """What of `part` was done when one of it turned out not to fit; :meth:`check` raises `error` later."""
-        self._error = error
-        failed = {part[place] for place in error.failed}
-        error.failed = [place for place, text in enumerate(self._texts) if text in failed]
-        index = self._texts.index(part[error.index])
-        error.args = (error.message.replace(f"input {error.index} ", f"input {index} ", 1),)
-        error.index, error.message = index, error.args[0]
-        rows = error.partial
-        return (
-            (text, row.tolist())
-            for text, row in zip(part, rows if rows is not None else [], strict=False)
-            if text not in failed
-        )
-
-    def check(self) -> None:
-        """Raise the error that was met, as one of all texts."""
-        if self._error is None:
-            return
-        rows = [next(iter(value.values())) if (value := self._known[text]) else None for text in self._texts]
-        width = max((len(row) for row in rows if row is not None), default=0)
-        nothing = [float("nan")] * width
-        self._error.partial = np.array([row or nothing for row in rows], dtype=np.float32) if width else None
-        raise self._error
-
-    def embeddings(self) -> list[Embedding]:
-        return [next(iter(value.values())) for text in self._texts if (value := self._known[text])]
-
-
-async def _turn(number: int) -> None:
-    """Let the event loop run now and then: a cache in memory never does."""
-    if number % _ENTRIES_PER_TURN == 0:
-        await asyncio.sleep(0)
 
 
 _OURS = dict(vars(MemsafeEmbedding))

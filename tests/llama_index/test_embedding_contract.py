@@ -15,8 +15,7 @@ from llama_index.core.embeddings.utils import resolve_embed_model
 from llama_index.core.schema import TextNode
 from llama_index.core.storage.kvstore import SimpleKVStore
 
-from llama_index_memsafe import MemsafeEmbedding
-from llama_index_memsafe import embedding as embedding_module
+from llama_index_memsafe import MemsafeEmbedding, _cache
 from llama_index_memsafe._devices import device_list
 from llama_index_memsafe._instructions import QUERY_INSTRUCTIONS, TEXT_INSTRUCTIONS
 from memsafe import ConfigError, Embedder, InputError, InputTooLargeError, MemoryPolicy, MemsafeError
@@ -156,7 +155,7 @@ def test_what_is_finished_is_in_the_cache_when_a_later_part_fails(
     plain: str, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Work goes into the cache part by part: a failure, Ctrl-C or a kill later on does not lose it."""
-    monkeypatch.setattr(embedding_module, "_CACHED_AT_ONCE", 8)
+    monkeypatch.setattr(_cache, "_CACHED_AT_ONCE", 8)
     model = MemsafeEmbedding(plain, device="cpu", embeddings_cache=SimpleKVStore())
     original, calls = (Embedder.arun if asynchronous else Embedder.run), []
 

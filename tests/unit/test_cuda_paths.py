@@ -237,6 +237,8 @@ def test_what_a_self_check_took_is_given_back(tmp_path: Path, monkeypatch: pytes
     released: list[int] = []
     monkeypatch.setattr(CpuDevice, "release", lambda self: released.append(1) or 0)
     folder = str(save_embedder(tmp_path / "model"))
+    with Embedder(folder, device="cpu", memory={"release": "never", "learn": False}):
+        assert not released
     for expected in (1, 0):
         released.clear()
         with Embedder(folder, device="cpu"):

@@ -145,8 +145,8 @@ class Executor(Admission):
                     self.cost.target_tokens = self.ramp.target_tokens
             grew = self.budget.succeed(ticket.bound_bytes)
             cap = self.budget.cap_bytes
-        if climbed and self.ramp.done and self.device.kind == "cpu":
-            self.device.release()  # what sizes took that were tried in vain
+        if climbed and self.ramp.done and self.device.kind == "cpu" and self.policy.release != "never":
+            self._trim()  # what sizes took that were tried in vain
         if ticket.probe or (climbed and self.ramp.done):
             self._remember(self.cost)
         if grew and cap is not None:

@@ -310,7 +310,7 @@ class LoadedModel:
         check = store.load() if store is not None else None
         if check is None:
             check = self._run_self_check()
-            if self.device.kind == "cpu":
+            if self.device.kind == "cpu" and policy.release != "never":
                 self.device.release()  # 55 MiB after MiniLM's, which the heap would keep
             if store is not None:
                 store.save(check)
