@@ -98,7 +98,7 @@ class Overhead(Peer):
         """The same micro-batches in the same order: forward, copy the rows to their places, nothing else."""
         import torch
 
-        from memsafe.runtime.output import to_host
+        from memsafe.engine.sinks import to_host
 
         model = self.engine.model
         lanes, threads = self.executor.lanes
@@ -126,7 +126,7 @@ class Overhead(Peer):
 
     def _shares(self, inputs: list[str], rounds: int) -> dict[str, Any]:
         """Processor time of the calls that a bare run does not make, over the process's, summed over `rounds` runs."""
-        from memsafe.runtime.dispatcher import Dispatcher, dispatcher_of
+        from memsafe.engine.lanes import Dispatcher, dispatcher_of
 
         spent: Counter[str] = Counter()
         calls: Counter[str] = Counter()

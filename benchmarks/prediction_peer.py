@@ -26,11 +26,11 @@ class Prediction(Peer):
     def load(self, model: str, options: dict[str, Any]) -> None:
         self.model, self.layout = model, options["layout"]
         if self.layout != "packed":
-            from memsafe.runtime import models as runtime
-            from memsafe.runtime.selfcheck import SelfCheck
+            from memsafe.models import model as module
+            from memsafe.models.selfcheck import SelfCheck
 
             check = SelfCheck(False, self.layout == "padded", "the benchmark asks for the padded path")
-            vars(runtime)["run_self_check"] = lambda *_args, **_options: check
+            vars(module)["run_self_check"] = lambda *_args, **_options: check
         self.embedder = self._open({})
 
     def _open(self, memory_options: dict[str, Any]) -> Any:
@@ -44,7 +44,7 @@ class Prediction(Peer):
         Lengths are heavy-tailed up to the model's maximum, sizes log-uniform up to `most_tokens` computed tokens. Nothing is
         learnt from what is measured here.
         """
-        from memsafe.runtime.output import to_host
+        from memsafe.engine.sinks import to_host
 
         with open(texts, encoding="utf-8") as file:
             inputs = json.load(file)
@@ -103,7 +103,7 @@ class Prediction(Peer):
 
         Every trial begins after the previous one's memory has been given back, and counts from there.
         """
-        from memsafe.runtime.device import open_device
+        from memsafe.machine.device import open_device
 
         with open(texts, encoding="utf-8") as file:
             inputs = json.load(file)

@@ -79,8 +79,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
 @pytest.fixture(scope="session", autouse=True)
 def _remove_cache() -> Iterator[None]:
     yield
-    if "memsafe.runtime.reaper" in sys.modules:  # what the tests have dropped is closed before the interpreter goes
-        sys.modules["memsafe.runtime.reaper"].settle(60)
+    if "memsafe.engine.reaper" in sys.modules:  # what the tests have dropped is closed before the interpreter goes
+        sys.modules["memsafe.engine.reaper"].settle(60)
     shutil.rmtree(_CACHE, ignore_errors=True)
 
 

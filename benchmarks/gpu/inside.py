@@ -28,7 +28,7 @@ def forced(kernel: str) -> Iterator[list[str]]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from memsafe.runtime import grouped, kernels
+    from memsafe.attention import grouped, kernels
 
     used: list[str] = []
     names = ("choose", "_varlen_features", "_varlen", "_memory_efficient")
@@ -82,7 +82,7 @@ def t4_kernels(dry: bool) -> Iterator[None]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from memsafe.runtime import kernels
+    from memsafe.attention import kernels
 
     saved = kernels._capability
     vars(kernels)["_capability"] = lambda device: (7, 5)
@@ -96,8 +96,8 @@ def t4_kernels(dry: bool) -> Iterator[None]:
 
 def measure_shapes(embedder: Any, count: int, most_tokens: int, seed: int) -> Iterator[dict[str, Any]]:
     """Random micro-batches: the prediction before, the peak after; nothing is learnt from them."""
+    from memsafe.engine.sinks import to_host
     from memsafe.planning.batch import MicroBatch, TokenizedInput
-    from memsafe.runtime.output import to_host
 
     engine = embedder._engine
     executor, loaded = engine.executors[0], engine.model

@@ -17,7 +17,7 @@ from memsafe.events import EventHook, RunReport
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from memsafe.runtime.engine import Engine
+    from memsafe.engine.engine import Engine
 
 __all__ = ["Model", "Options"]
 
@@ -70,15 +70,15 @@ class Model:
         policy = inputs.policy(memory)
         names = inputs.devices(device)
         # torch is imported only now, with the allocator's settings in the environment already
-        from memsafe.runtime import allocator
+        from memsafe.machine import allocator
 
         allocator.configure(policy.alloc_conf)
-        from memsafe.runtime.models import ModelSpec
+        from memsafe.models.model import ModelSpec
 
         chosen = ModelSpec(self._kind, inputs.model_name(model), _rename(options), **spec)
         self._engine: Engine = self._make_engine(chosen, names, policy, hooks)
         # The device's dispatcher knows the engine, so dropping this object would not free the model by itself.
-        from memsafe.runtime import reaper
+        from memsafe.engine import reaper
 
         weakref.finalize(self, reaper.drop, self._engine).atexit = False
 
@@ -86,7 +86,7 @@ class Model:
         self, spec: Any, devices: Sequence[str | None], policy: MemoryPolicy, hooks: Sequence[EventHook]
     ) -> Engine:
         """What runs this model; memsafe.testing puts a simulated one here."""
-        from memsafe.runtime.engine import Engine
+        from memsafe.engine.engine import Engine
 
         return Engine(spec, devices, policy, hooks)
 
@@ -183,7 +183,7 @@ class Model:
         )
 
     def _prompt(self, options: Options) -> str | None:
-        from memsafe.runtime import sbert
+        from memsafe.models import sbert
 
         try:
             return sbert.resolve_prompt(self.model, options.prompt, options.prompt_name, options.kind)

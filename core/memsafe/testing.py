@@ -28,16 +28,16 @@ import numpy as np
 
 from memsafe.config import GiB, MemoryPolicy, MiB, Size, parse_size
 from memsafe.embedder import Embedder
+from memsafe.engine.engine import Engine
+from memsafe.engine.sinks import Rows
 from memsafe.errors import ConfigError
 from memsafe.events import EventHook
+from memsafe.machine.device import Device, Peak
+from memsafe.models.tokenizing import Encoded
 from memsafe.planning.batch import BatchShape, MicroBatch
 from memsafe.planning.budget import MemorySnapshot
 from memsafe.planning.cost import CostKey, CostPrior
 from memsafe.reranker import Reranker
-from memsafe.runtime.device import Device, Peak
-from memsafe.runtime.engine import Engine
-from memsafe.runtime.output import Rows
-from memsafe.runtime.tokenizing import Encoded
 
 __all__ = ["Forward", "SimulatedDevice", "SimulatedEmbedder", "SimulatedModel", "SimulatedReranker"]
 
@@ -270,7 +270,7 @@ class SimulatedModel:
         exact = fixed + token * shape.tokens + sequence * shape.sequences + square * shape.squares
         return int(exact * (1.0 if rung is None else self._rungs[rung]))
 
-    # what memsafe asks of it: see memsafe.runtime.models.LoadedModel
+    # what memsafe asks of it: see memsafe.models.model.LoadedModel
 
     def cost_key(self) -> CostKey:
         layout = "packed" if self.packed else "padded"
@@ -327,7 +327,7 @@ class SimulatedModel:
 
 
 class _WordEncoder:
-    """Words to ids: see memsafe.runtime.tokenizing.InputEncoder."""
+    """Words to ids: see memsafe.models.tokenizing.InputEncoder."""
 
     mode = "fast"
 
@@ -352,7 +352,7 @@ class _SimulatedEngine(Engine):
 
     def __init__(self, models: Sequence[SimulatedModel], policy: MemoryPolicy, hooks: Sequence[EventHook]) -> None:
         self._given = list(models)
-        from memsafe.runtime.models import ModelSpec
+        from memsafe.models.model import ModelSpec
 
         super().__init__(ModelSpec("simulated", None, {}), [m.device for m in models], policy, hooks)
 

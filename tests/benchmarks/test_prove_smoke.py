@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import common, correctness, inside, prove
-from tests.models import needs_interface
+from tests.tiny_models import needs_interface
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from memsafe.runtime import dispatcher
+from memsafe.engine import lanes
 from memsafe.testing import SimulatedDevice
-from tests.concurrency.helpers import lanes, wait_until
+from tests.concurrency.helpers import lane_names, wait_until
 
 
 @pytest.fixture
@@ -20,10 +20,10 @@ def device() -> SimulatedDevice:
 @pytest.fixture(autouse=True)
 def _no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lanes end when they have had no work for a while (here: shortly), and callers' threads with their calls."""
-    monkeypatch.setattr(dispatcher, "IDLE_S", 0.05)
+    monkeypatch.setattr(lanes, "IDLE_S", 0.05)
     yield
 
     def ours() -> list[str]:
-        return lanes() + [thread.name for thread in threading.enumerate() if thread.name.startswith("caller")]
+        return lane_names() + [thread.name for thread in threading.enumerate() if thread.name.startswith("caller")]
 
     wait_until(lambda: not ours(), "the end of every lane and caller")

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from memsafe.engine.jobs import QUERY
 from memsafe.planning.batch import MicroBatch
-from memsafe.runtime.jobs import QUERY
 
 PATIENCE_S = 60.0
 """How long a test waits for what must happen; far longer than it takes, so that a busy machine does not fail it."""
@@ -37,7 +37,7 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.002)
 
 
-def lanes() -> list[str]:
+def lane_names() -> list[str]:
     """Names of the threads that run micro-batches now; the one that closes what was dropped stays and is none."""
     names = [thread.name for thread in threading.enumerate()]
     return [name for name in names if name.startswith("memsafe-") and name != "memsafe-reaper"]

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from memsafe import ClosedError, InputError, InputTooLargeError, MemoryPolicy
+from memsafe.engine import lanes
+from memsafe.engine.lanes import dispatcher_of
 from memsafe.planning.batch import MicroBatch
-from memsafe.runtime import dispatcher
-from memsafe.runtime.dispatcher import dispatcher_of
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder, SimulatedReranker
 from tests.concurrency.helpers import PATIENCE_S, Watch, occupy, pending, start, wait_until
 from tests.concurrency.test_priorities import SMALL, texts
@@ -245,7 +245,7 @@ def test_a_fault_while_choosing_harms_nobody_who_comes_later(device: SimulatedDe
 
         executor.admit = broken  # type: ignore[method-assign]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dispatcher.log, "error", slow)
+            patch.setattr(lanes.log, "error", slow)
             first = start(embedder.embed_queries, ["first"])
             assert told.wait(PATIENCE_S)
             later = start(embedder.embed_queries, ["later"])

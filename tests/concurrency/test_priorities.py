@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from memsafe.runtime.admission import FAIRNESS
-from memsafe.runtime.jobs import OLDEST, QUERY
+from memsafe.engine.admission import FAIRNESS
+from memsafe.engine.jobs import OLDEST, QUERY
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder
 from tests.concurrency.helpers import PATIENCE_S, Watch, occupy, pending, start, wait_until
 

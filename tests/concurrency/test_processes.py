@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder
-from tests.concurrency.helpers import PATIENCE_S, lanes, start, wait_until
+from tests.concurrency.helpers import PATIENCE_S, lane_names, start, wait_until
 from tests.concurrency.test_priorities import SMALL, texts
 
 HELD = """
@@ -115,7 +115,7 @@ def check(rows):
 def test_what_is_being_closed_at_the_very_end_is_closed_before_the_interpreter_goes() -> None:
     """The thread that closes it is in torch's code then, and would abort the process. What else waits is let be."""
     program = """
-from memsafe.runtime.engine import Engine
+from memsafe.engine.engine import Engine
 
 close = Engine.close
 
@@ -215,7 +215,7 @@ def test_lanes_end_and_start_again(device: SimulatedDevice) -> None:
             calls = [start(embedder.embed_documents, texts(20, word=f"c{i}x")) for i in range(8)]
             most = 0
             while not all(call.done() for call in calls):
-                most = max(most, len(lanes()))
+                most = max(most, len(lane_names()))
             assert all(call.result(PATIENCE_S).shape == (20, 8) for call in calls)
             assert most <= 3
             wait_until(lambda: threading.active_count() <= before, "idle lanes to end")

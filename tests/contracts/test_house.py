@@ -32,7 +32,7 @@ MEMORY_APIS = {
     "set_per_process_memory_fraction",
     "virtual_memory",
 }
-DEVICE_FAMILY = {f"core/memsafe/runtime/{name}.py" for name in ("allocator", "device", "host", "meter", "portable")}
+DEVICE_FAMILY = {f"core/memsafe/machine/{name}.py" for name in ("allocator", "device", "host", "meter", "portable")}
 """device.py and what it is made of; nothing else imports the last three."""
 
 
@@ -50,7 +50,7 @@ def code(path: Path) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_memory_apis_are_called_in_one_place(path: Path) -> None:
-    """Only runtime/device.py, its parts and runtime/allocator.py ask torch or the system about memory."""
+    """Only machine/device.py, its parts and machine/allocator.py ask torch or the system about memory."""
     if path.relative_to(ROOT).as_posix() not in DEVICE_FAMILY:
         assert [(line, name) for line, name in code(path) if name in MEMORY_APIS] == []
 
@@ -63,8 +63,8 @@ def test_no_assert_checks_input(path: Path) -> None:
 
 
 def test_only_the_device_knows_its_parts() -> None:
-    """The rest of the core sees the machine through runtime/device.py: host, meter and portable are its own."""
-    parts = {f"memsafe.runtime.{name}" for name in ("host", "meter", "portable")}
+    """The rest of the core sees the machine through machine/device.py: host, meter and portable are its own."""
+    parts = {f"memsafe.machine.{name}" for name in ("host", "meter", "portable")}
     for path in SOURCES:
         if path.relative_to(ROOT).as_posix() not in DEVICE_FAMILY:
             imported = [

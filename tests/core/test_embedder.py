@@ -14,8 +14,8 @@ import transformers
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from memsafe import ClosedError, ConfigError, Embedder, EmbeddingRun, InputError, MemoryPolicy, ModelError
-from tests import models
-from tests.models import save_embedder
+from tests import tiny_models as models
+from tests.tiny_models import save_embedder
 
 # Before version 5 transformers' BERT and its kin computed attention themselves: there they run padded, and say so.
 PACKS_BERT = int(transformers.__version__.split(".")[0]) >= 5

@@ -12,7 +12,7 @@ import transformers
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from memsafe import ConfigError, InputError, ModelError, RankedDocument, Reranker, RerankRun
-from tests import models
+from tests import tiny_models as models
 
 QUERY = "how do I read a file line by line"
 DOCUMENTS = [

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory limits o
 # Without torch: what is tested is small against 100 MiB, and starts fast.
 HEAD = """
 import json, mmap, os, sys
-from memsafe.runtime.host import open_host
+from memsafe.machine.host import open_host
 MiB = 2**20
 host = open_host()
 def say(**figures): print(json.dumps(figures), flush=True)
@@ -116,7 +116,7 @@ def test_the_device_of_torch_says_the_same() -> None:
     """open_device("cpu") in a container: its total is the limit, and a tensor shows up in what is free and held."""
     code = """
 import json, torch
-from memsafe.runtime.device import open_device
+from memsafe.machine.device import open_device
 device = open_device("cpu")
 torch.ones(10)
 before = device.snapshot()
@@ -134,7 +134,7 @@ def test_under_an_rlimit_torch_raises_what_we_recognise() -> None:
     """Where the kernel refuses instead of killing: torch's error is classified, and the program goes on."""
     code = """
 import resource, torch
-from memsafe.runtime.device import is_out_of_memory, open_device
+from memsafe.machine.device import is_out_of_memory, open_device
 device = open_device("cpu")
 size = device.snapshot().reserved_bytes
 with open("/proc/self/statm") as file: virtual = int(file.read().split()[0]) * resource.getpagesize()

@@ -23,7 +23,7 @@ import json, sys, warnings
 import numpy as np
 from memsafe import Embedder, InputError, InputTooLargeError, MemoryPolicy, Reranker
 from memsafe.config import MiB
-from memsafe.runtime.host import LinuxHost
+from memsafe.machine.host import LinuxHost
 
 warnings.simplefilter("ignore")
 folder, host = sys.argv[1], LinuxHost()
@@ -32,7 +32,7 @@ texts, _ = json.load(open(f"{folder}/texts.json"))
 
 CALLS = """
 import logging
-from memsafe.runtime import device
+from memsafe.machine import device
 
 logging.getLogger("memsafe").setLevel(logging.CRITICAL)
 embedder = Embedder(f"{folder}/embedder", device="cpu", memory=MemoryPolicy(learn=False, fallback=()))

@@ -30,7 +30,7 @@ def heavy_tailed(count: int, seed: int, longest: int = MAX_TOKENS) -> list[str]:
 
 def build_embedder(folder: Path, *, num_layers: int = 2, hidden_size: int = 256) -> str:
     """An XLM-R of 8,192 positions with random weights, as a folder that sentence-transformers loads."""
-    from tests.models import save_embedder
+    from tests.tiny_models import save_embedder
 
     shape = {"num_layers": num_layers, "hidden_size": hidden_size, "num_heads": hidden_size // 64}
     return str(
@@ -47,7 +47,7 @@ def build_embedder(folder: Path, *, num_layers: int = 2, hidden_size: int = 256)
 
 def build_reranker(folder: Path, *, num_layers: int = 2, hidden_size: int = 256) -> str:
     """The same shape as a cross-encoder with one label."""
-    from tests.models import save_reranker
+    from tests.tiny_models import save_reranker
 
     shape = {"num_layers": num_layers, "hidden_size": hidden_size, "num_heads": hidden_size // 64}
     return str(

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from langchain_memsafe import MemsafeCrossEncoder, MemsafeRerank
 from memsafe import InputError
-from tests.models import before
+from tests.tiny_models import before
 
 from .conftest import CLASSIC, Calls, largest_difference
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from langchain_memsafe import MemsafeEmbeddings
-from tests.models import before
+from tests.tiny_models import before
 
 from .conftest import largest_difference
 

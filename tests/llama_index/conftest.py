@@ -19,7 +19,7 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 
 from llama_index_memsafe import MemsafeEmbedding, MemsafeRerank
 from memsafe import Embedder, Reranker
-from tests.models import save_embedder, save_reranker
+from tests.tiny_models import save_embedder, save_reranker
 
 # The node parser and the token counter would fetch this file; llama-index-core carries it. Child processes inherit it.
 os.environ["TIKTOKEN_CACHE_DIR"] = str(Path(llama_index.core.__file__).parent / "_static" / "tiktoken_cache")

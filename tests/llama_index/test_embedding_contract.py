@@ -20,7 +20,7 @@ from llama_index_memsafe._devices import device_list
 from llama_index_memsafe._instructions import QUERY_INSTRUCTIONS, TEXT_INSTRUCTIONS
 from memsafe import ConfigError, Embedder, InputError, InputTooLargeError, MemoryPolicy, MemsafeError
 from tests.llama_index.conftest import DOCUMENT, QUERY, TEXTS, CoreCalls, recorded
-from tests.models import before, save_embedder
+from tests.tiny_models import before, save_embedder
 
 
 class Limiter:
@@ -484,7 +484,7 @@ def test_a_model_without_a_limit(tmp_path: Any) -> None:
     from sentence_transformers.models import StaticEmbedding
     from tokenizers import Tokenizer
 
-    from tests.models import minilm_folder
+    from tests.tiny_models import minilm_folder
 
     tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
     folder = str(tmp_path / "static")

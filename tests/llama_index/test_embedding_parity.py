@@ -16,7 +16,7 @@ from llama_index.core.schema import ImageNode, TextNode
 from llama_index_memsafe import MemsafeEmbedding
 from llama_index_memsafe._instructions import DEFAULT_MODEL, QUERY_INSTRUCTIONS, TEXT_INSTRUCTIONS
 from tests.llama_index.conftest import TEXTS, exchange, recorded
-from tests.models import before
+from tests.tiny_models import before
 
 pytest.importorskip("llama_index.embeddings.huggingface", reason="the class that is replaced is not installed")
 pytestmark = pytest.mark.peers

@@ -24,7 +24,7 @@ from sentence_transformers import CrossEncoder
 from llama_index_memsafe import MemsafeEmbedding, MemsafeRerank
 from memsafe import ConfigError, MemoryPolicy, MemsafeError, Reranker
 from tests.llama_index.conftest import TEXTS, CoreCalls, recorded
-from tests.models import save_reranker
+from tests.tiny_models import save_reranker
 
 Pair = tuple[Any, MemsafeRerank]
 

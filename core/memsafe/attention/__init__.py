@@ -1,0 +1,1 @@
+"""Attention over packed and padded rows, registered with transformers."""

@@ -1,0 +1,1 @@
+"""Threads, queues and locks: what carries out what planning decides."""

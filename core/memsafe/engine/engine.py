@@ -1,0 +1,325 @@
+"""What Embedder and Reranker share: models on devices, the way of a call through them, and its end."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from memsafe.config import MemoryPolicy, cache_dir
+from memsafe.engine import reaper
+from memsafe.engine.admission import WORTH_RELEASING
+from memsafe.engine.jobs import BULK, QUERY, Backlog, Job, QueueKey
+from memsafe.engine.lanes import dispatcher_of
+from memsafe.engine.runner import Executor
+from memsafe.engine.sinks import Rows
+from memsafe.errors import BusyError, ClosedError, ConfigError, InputError
+from memsafe.events import Event, EventHook, InputsTruncated, ReportBuilder, RunReport
+from memsafe.machine import allocator
+from memsafe.machine.device import Device, open_device
+from memsafe.machine.store import CostStore
+from memsafe.models.loading import load
+from memsafe.models.model import LoadedModel, ModelSpec
+from memsafe.planning.batch import TokenizedInput
+from memsafe.planning.budget import MemoryBudget
+from memsafe.planning.cost import CostModel
+
+__all__ = ["Engine"]
+
+log = logging.getLogger("memsafe")
+
+_FIRST_CHUNK, _LARGEST_CHUNK = 64, 1024
+"""Inputs tokenised at a time: few at first, so that computing starts at once, then more."""
+_CHUNK_CHARS = 1 << 18
+"""Characters tokenised at a time, unless one input has more: a tokenizer takes about 100 bytes per token meanwhile."""
+_CREEP = 4 * WORTH_RELEASING
+"""Growth of a process that computes on a CPU, after which memory is given back though other calls are at work."""
+
+
+class Engine:
+    """One model on one or more devices, one queue in front of them. Thread-safe.
+
+    devices: torch's names, None for the best one, or opened ones. Naming a device twice gives two copies of the model on it.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        devices: Sequence[str | Device | None],
+        policy: MemoryPolicy,
+        hooks: Sequence[EventHook] = (),
+    ) -> None:
+        self.policy = policy
+        self._hooks = tuple(hooks)
+        for hook in self._hooks:
+            if not callable(hook):
+                raise ConfigError(f"hooks: got a {type(hook).__name__}; give callables that take one event")
+        state = allocator.configure(policy.alloc_conf)
+        self._notes = (state.note,) if state.note and state.status not in ("set", "off") else ()
+        if policy.strict_heap:
+            allocator.heap.wish()
+        self._store = CostStore(os.path.join(cache_dir(), "costs")) if policy.learn else None
+        self.spec = spec
+        self.models: list[LoadedModel] = []
+        self._baselines: list[int] = []
+        self._pid = os.getpid()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._hook_failed = False
+        opened = [each if isinstance(each, Device) else open_device(each) for each in devices]
+        reaper.settle()  # what the caller has just dropped may be what the new model needs
+        for position, device in enumerate(opened):
+            self._load(spec, device, position)
+        self._settled_bytes = self.models[0].device.process_bytes()  # the process when memory was last given back
+        self.backlog = Backlog()
+        self.executors: list[Executor] = []
+        self._attach()
+
+    def _load(self, spec: ModelSpec, device: Device, position: int) -> None:
+        # Libraries are no part of the model: the limit counts from here.
+        importlib.import_module("sentence_transformers")
+        before = device.snapshot()
+        baseline = before.allocated_bytes
+        budget = self._budget(device, baseline)
+        given = spec.model if not isinstance(spec.model, str) else None
+        if given is not None:
+            # a loaded model stays where it is; further devices get copies
+            model = given if position == 0 else copy.deepcopy(given)
+            if position == 0 and str(model.device) == device.name:
+                baseline -= sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+            spec = ModelSpec(**{**vars(spec), "model": model.to(device.name)})
+        self.models.append(load(spec, device, self.policy, budget.headroom_bytes(before)))
+        self._baselines.append(max(baseline, 0))
+
+    def _budget(self, device: Device, baseline_bytes: int) -> MemoryBudget:
+        total = device.total_bytes
+        return MemoryBudget(
+            limit_bytes=self.policy.limit_bytes(total),
+            reserve_bytes=self.policy.reserve_bytes(total),
+            baseline_bytes=baseline_bytes,
+        )
+
+    def _attach(self) -> None:
+        for model, baseline in zip(self.models, self._baselines, strict=True):
+            key = model.cost_key()
+            cost = self._store.load(key) if self._store is not None else None
+            executor = Executor(
+                model,
+                model.device,
+                self.policy,
+                cost or CostModel(key, model.cost_prior()),
+                self._budget(model.device, baseline),
+                self.backlog,
+                remember=self._remember,
+            )
+            self.executors.append(executor)
+            dispatcher_of(model.device).attach(executor)
+
+    def _remember(self, cost: CostModel) -> None:
+        if self._store is not None:
+            self._store.save(cost)
+
+    @property
+    def model(self) -> LoadedModel:
+        """The first device's copy: what may be asked about the model may be asked of it."""
+        if self._closed:
+            raise ClosedError("closed; make a new one")
+        return self.models[0]
+
+    # one call
+
+    def start(
+        self,
+        num_inputs: int,
+        *,
+        prompt: str | None,
+        urgent: bool,
+        max_rows: int | None,
+        progress: Callable[[int], None] | None = None,
+        positions: Sequence[int] | None = None,
+    ) -> Job:
+        """Open a job for `num_inputs` distinct inputs, to be given with :meth:`feed`."""
+        self._check_usable()
+        if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
+            raise ConfigError(f"max_rows: got {max_rows!r}; give an int of at least 1, or None for no cap")
+        encoder = self.model.encoder
+        extras = encoder.extras(prompt)
+        if encoder.mode == "opaque":
+            extras = {**extras, "prompt": prompt}
+        features = (prompt if encoder.mode == "opaque" else extras.get("prompt_length"),)
+        key = QueueKey((QUERY if urgent else BULK, max_rows, features))
+        job = Job(num_inputs, key, extras, ReportBuilder(), progress, self._emit if self._hooks else None, positions)
+        if self.policy.max_pending is not None and self.policy.on_full == "raise":
+            waiting = self.backlog.reserve(job, num_inputs, self.policy.max_pending)
+            if waiting is not None:
+                raise BusyError(
+                    f"{waiting} inputs wait already and this call has {num_inputs}, but max_pending is "
+                    f"{self.policy.max_pending}; call again later, or use on_full='wait'"
+                )
+        job.started = time.perf_counter()
+        job.process_bytes_before = self.models[0].device.process_bytes()
+        return job
+
+    def feed(self, job: Job, inputs: Sequence[Any], prompt: str | None) -> None:
+        """Tokenise `inputs`, longest first by characters, while the devices compute what is tokenised already."""
+        chars = [_chars(value) for value in inputs]
+        order = sorted(range(len(inputs)), key=chars.__getitem__, reverse=True)
+        truncated = 0
+        encoder = self.model.encoder
+        for chunk in _chunks(order, chars):
+            if job.done:
+                break
+            started = time.perf_counter()
+            texts = [inputs[i] for i in chunk]
+            try:
+                encoded = encoder.encode(texts, prompt)
+            except Exception as error:
+                bad = next((i for i in chunk if not _tokenizable(inputs[i])), None)
+                failure = error if bad is None else _not_unicode(job.position(bad))
+                job.fail(failure)
+                break
+            raw = texts if encoder.mode == "opaque" else [None] * len(texts)
+            items = [
+                TokenizedInput(i, e.input_ids, e.token_type_ids, num_tokens=e.num_tokens, job=job, raw=r)
+                for i, e, r in zip(chunk, encoded, raw, strict=True)
+            ]
+            truncated += sum(e.truncated for e in encoded)
+            job.report.add(tokenize_s=time.perf_counter() - started)
+            self.backlog.extend(job, items, self.policy.max_pending)
+        if truncated:
+            self._tell_truncated(job, truncated)
+
+    def finish(self, job: Job, *, num_texts: int) -> tuple[Rows | None, RunReport]:
+        """Wait for the job's rows; returns them with the report. Raises what the job ended with."""
+        try:
+            rows = job.result()
+        finally:
+            self._release(job)
+        return rows, self._report(job, num_texts)
+
+    def _report(self, job: Job, num_texts: int) -> RunReport:
+        model = self.model
+        job.report.set(
+            device=", ".join(m.device.name for m in self.models),
+            path=model.path,
+            dtype=model.dtype_name,
+            texts=num_texts,
+            distinct_texts=job.writer.num_rows,
+            weights_bytes=sum(m.weights_bytes for m in self.models),
+            total_s=time.perf_counter() - job.started,
+        )
+        for note in self._notes:
+            job.report.note(note)
+        return job.report.build()
+
+    def _release(self, job: Job) -> None:
+        devices = [model.device for model in self.models]
+        if self._closed or not devices:
+            return
+        device = devices[0]
+        before = min(job.process_bytes_before, self._settled_bytes)
+        if self.backlog.pending:
+            # others are at work and would only fetch it back; but a CPU's heap creeps where calls never pause
+            if device.kind != "cpu" or device.process_bytes() < self._settled_bytes + _CREEP:
+                return
+            before = self._settled_bytes
+        grown = device.process_bytes() >= before + WORTH_RELEASING
+        for executor in self.executors:
+            executor.release_after_run(job, before)
+        if grown:
+            self._settled_bytes = device.process_bytes()
+
+    def _tell_truncated(self, job: Job, count: int) -> None:
+        length = self.model.encoder.max_length or 0
+        job.report.add(truncated=count)
+        some = "1 input was" if count == 1 else f"{count:,} inputs were"
+        warnings.warn(f"{some} longer than {length:,} tokens and cut there, as the model demands", stacklevel=5)
+        if job.emit is not None:
+            job.emit(InputsTruncated(self.model.device.name, count, length))
+
+    def _emit(self, event: Event) -> None:
+        for hook in self._hooks:
+            try:
+                hook(event)
+            except Exception:
+                if not self._hook_failed:
+                    self._hook_failed = True
+                    log.exception("an event hook failed; later failures of hooks are not reported")
+
+    # life
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ClosedError("closed; make a new one")
+        if os.getpid() == self._pid:
+            return
+        with self._lock:
+            if os.getpid() == self._pid:
+                return
+            for model in self.models:
+                if model.device.kind != "cpu":
+                    raise ClosedError(
+                        f"this process was forked after {model.device.name} was in use, and CUDA does not survive a fork; "
+                        "use the 'spawn' start method, or load the model in the child"
+                    )
+            # a forked child has the weights but none of the threads, and locks in an unknown state
+            self._pid = os.getpid()
+            for model in self.models:
+                model.after_fork()
+            self.backlog, self.executors = Backlog(), []
+            self._attach()
+
+    def close(self) -> None:
+        """Free the model: calls in progress fail with :class:`ClosedError`, and the memory goes back to the device."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self.backlog.end(lambda: ClosedError("closed while the call was waiting"))
+        while self.executors:  # no variable may hold the last one, and with it the model
+            dispatcher_of(self.executors[-1].device).detach(self.executors.pop())
+        devices = [model.device for model in self.models]
+        while self.models:
+            self.models.pop().close()
+        self.spec = ModelSpec(self.spec.kind, None, {})
+        gc.collect()  # models hold themselves in cycles
+        for device in devices:
+            device.release()
+
+
+def _chunks(order: Sequence[int], chars: Sequence[int]) -> Iterator[Sequence[int]]:
+    """`order`, longest first, in pieces; chars: of each input."""
+    size, start = _FIRST_CHUNK, 0
+    while start < len(order):
+        stop = start + min(size, max(_CHUNK_CHARS // max(chars[order[start]], 1), 1))
+        yield order[start:stop]
+        start = stop
+        size = min(2 * size, _LARGEST_CHUNK)
+
+
+def _chars(text: Any) -> int:
+    return len(text) if isinstance(text, str) else sum(len(part) for part in text)
+
+
+def _tokenizable(text: Any) -> bool:
+    try:
+        for part in (text,) if isinstance(text, str) else text:
+            part.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _not_unicode(index: int) -> InputError:
+    return InputError(
+        f"input {index} holds lone surrogates, which are not Unicode text; clean it with "
+        "text.encode('utf-8', 'replace').decode('utf-8')",
+        index=index,
+    )

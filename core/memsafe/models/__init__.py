@@ -1,0 +1,1 @@
+"""What an engine may run: loading, tokenising, self-check, forwards."""

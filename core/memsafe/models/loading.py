@@ -1,0 +1,114 @@
+"""Loading a model through sentence-transformers, once its weights are known to fit."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Any
+
+import torch
+
+from memsafe.attention import interface
+from memsafe.config import MemoryPolicy
+from memsafe.errors import ConfigError, MemsafeError, ModelError, ModelNotFoundError
+from memsafe.machine.device import Device, is_out_of_memory, open_device
+from memsafe.models import sbert, weights
+from memsafe.models.model import LoadedModel, ModelSpec
+
+__all__ = ["load"]
+
+
+def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int) -> LoadedModel:
+    """Load `spec` onto `device`; `room_bytes` is what the weights may take.
+
+    Raises :class:`ModelTooLargeError` before anything is loaded, :class:`ModelError` for a model that cannot be used.
+    """
+    reranker = spec.kind == "reranker"
+    if not isinstance(spec.model, str):
+        if spec.dtype is not None:
+            raise ConfigError(f"dtype: got {spec.dtype!r} with a loaded model; load it in that dtype, or pass its name")
+        if sbert.is_reranker(spec.model) != reranker:
+            other, wanted = ("Embedder", "CrossEncoder") if reranker else ("Reranker", "SentenceTransformer")
+            raise ModelError(f"model: got a {type(spec.model).__name__}; give it to {other}, or give a {wanted} here")
+        _set_max_length(spec.model, spec.max_length)
+        return LoadedModel(spec.model.eval(), spec, device, policy, revision="", name=type(spec.model).__name__)
+    options = dict(spec.options)
+    known = {name: options.get(name) for name in ("revision", "cache_folder")}
+    backend = options.get("backend", "torch")
+    checkpoint = weights.inspect(spec.model, kind=spec.kind, backend=backend, **known)
+    dtype = _dtype_name(spec.dtype, device)
+    model_kwargs = dict(options.get("model_kwargs") or {})
+    if dtype is not None:
+        if any(name in model_kwargs for name in ("dtype", "torch_dtype")):
+            raise ConfigError("dtype: given twice, as dtype and in model_kwargs; give it once")
+        model_kwargs["dtype"] = getattr(torch, dtype)
+    chosen = model_kwargs.get("dtype", model_kwargs.get("torch_dtype"))
+    target = str(chosen).removeprefix("torch.") if chosen not in (None, "auto") else _default_dtype(chosen)
+    if checkpoint is not None:
+        weights.check_fits(checkpoint, target, room_bytes, device.name)
+        if device.kind != "cpu":  # they pass through main memory, where nobody would say that it does not suffice
+            host = open_device("cpu")
+            weights.check_fits(checkpoint, target, host.snapshot().free_bytes, "cpu")
+    if model_kwargs:
+        options["model_kwargs"] = model_kwargs
+    library = importlib.import_module("sentence_transformers")
+    build = library.CrossEncoder if reranker else library.SentenceTransformer
+    st = None
+    try:
+        st = build(spec.model, device=device.name, **options).eval()
+    except MemsafeError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of itself: pickle, zip, JSON, shapes, types
+        if isinstance(error, TypeError) and "argument" in str(error):
+            raise ConfigError(f"options: {error}") from error
+        if not is_out_of_memory(error):
+            kind = ModelNotFoundError if isinstance(error, OSError) else ModelError
+            raise kind(f"model: {spec.model!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    if st is None:  # outside the block above, whose traceback holds what was loaded so far
+        device.release()
+        need = checkpoint.bytes_as(target) if checkpoint is not None else 0
+        raise weights.too_large(spec.model, checkpoint, need, device.snapshot().free_bytes, device.name)
+    if checkpoint is None:  # a hub id that was not on this machine before
+        checkpoint = weights.inspect(spec.model, kind=spec.kind, backend=backend, **known)
+    _set_max_length(st, spec.max_length)
+    return LoadedModel(st, spec, device, policy, checkpoint.revision if checkpoint else "", spec.model)
+
+
+def _dtype_name(dtype: Any, device: Device) -> str | None:
+    """The dtype to load in, or None for the checkpoint's. Raises :class:`ConfigError` for one that is unknown."""
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        return next((half for half in ("bfloat16", "float16") if device.supports(half)), "float32")
+    if name not in ("float32", "float16", "bfloat16"):
+        raise ConfigError(f"dtype: got {dtype!r}; choose from None, 'auto', 'float32', 'float16', 'bfloat16'")
+    if name != "float32" and not device.supports(name):
+        warnings.warn(f"{device.name} has no native {name}; it will be emulated, slowly", stacklevel=4)
+    return name
+
+
+def _default_dtype(chosen: Any) -> str | None:
+    """What transformers loads in when nothing is said: the stored dtype since version 5, float32 before."""
+    version = importlib.import_module("transformers").__version__
+    return None if chosen == "auto" or int(version.split(".")[0]) >= 5 else "float32"
+
+
+def _set_max_length(st: Any, max_length: int | None) -> None:
+    if max_length is None:
+        return
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+        raise ConfigError(f"max_length: got {max_length!r}; give an int of at least 1, in tokens")
+    hf_model = sbert.hf_model(st)
+    positions = interface.learned_positions(hf_model) if isinstance(hf_model, torch.nn.Module) else None
+    if positions is not None and max_length > positions:
+        warnings.warn(
+            f"max_length: got {max_length}, but the model has learnt {positions} positions; inputs are cut there",
+            stacklevel=4,
+        )
+        max_length = positions
+    if hasattr(type(st), "max_seq_length"):
+        st.max_seq_length = max_length
+    else:
+        st.max_length = max_length
+        st.tokenizer.model_max_length = max_length

@@ -1,1 +1,0 @@
-"""Carrying plans out: torch, memory, threads, disk."""

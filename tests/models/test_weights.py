@@ -1,0 +1,267 @@
+"""models/weights.py: what a checkpoint needs is known, and damage is seen, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memsafe import Embedder, MemoryPolicy, ModelError, ModelTooLargeError, Reranker
+from memsafe.config import GiB, MiB
+from memsafe.models import weights
+from memsafe.models.weights import check_fits, inspect
+
+
+def safetensors(file: Path, tensors: dict[str, tuple[str, list[int]]], *, sparse: bool = True) -> None:
+    """A file with a true header and no data: as long as the header says, but a hole on disk."""
+    widths = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "F64": 8}
+    header, at = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = widths[dtype]
+        for extent in shape:
+            size *= extent
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    content = json.dumps(header).encode()
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(content)) + content)
+        if sparse:
+            stream.truncate(8 + len(content) + at)
+
+
+@pytest.fixture
+def embedder_folder(tmp_path: Path) -> Path:
+    from tests.tiny_models import save_embedder
+
+    return save_embedder(tmp_path / "model", "bert", hidden_size=32)
+
+
+def huge(folder: Path) -> Path:
+    """The folder of a model of 30 billion parameters in float32, of which only the headers are there."""
+    config = {"architectures": ["BertModel"], "model_type": "bert"}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").touch()
+    safetensors(folder / "model.safetensors", {"embeddings.weight": ("F32", [30_000_000, 1000])})
+    return folder
+
+
+# -- what is needed --------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_those_of_the_headers(tmp_path: Path) -> None:
+    """Elements are counted by dtype over all files; floats change with the dtype that is asked for, integers do not."""
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
+    (tmp_path / "tokenizer.json").touch()
+    safetensors(tmp_path / "model-1.safetensors", {"a": ("F32", [10, 100]), "ids": ("I64", [1, 512])})
+    safetensors(tmp_path / "model-2.safetensors", {"b": ("F16", [50])})
+    checkpoint = inspect(str(tmp_path), kind="embedding")
+    assert checkpoint is not None
+    assert checkpoint.elements == {"F32": 1000, "I64": 512, "F16": 50}
+    assert checkpoint.bytes_as(None) == 4000 + 4096 + 100
+    assert checkpoint.bytes_as("float32") == 4200 + 4096
+    assert checkpoint.bytes_as("bfloat16") == 2100 + 4096
+
+
+def test_the_real_model_needs_what_it_is_said_to(minilm: str) -> None:
+    """all-MiniLM-L6-v2: 22.7 million parameters, 91 MB in float32, as loaded."""
+    checkpoint = inspect(minilm, kind="embedding")
+    assert checkpoint is not None
+    with Embedder(minilm, device="cpu") as embedder:
+        loaded = sum(p.numel() * p.element_size() for p in embedder.model.parameters())
+    assert abs(checkpoint.bytes_as("float32") - loaded) < 0.01 * loaded
+
+
+def test_a_model_that_is_too_large_is_refused_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """112 GiB of weights: ModelTooLargeError at once with need, free and a remedy; sentence-transformers is never asked."""
+    import sentence_transformers
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("loading was tried")
+
+    folder = huge(tmp_path / "huge")
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", never)
+    with pytest.raises(ModelTooLargeError) as caught:
+        Embedder(str(folder), device="cpu", memory=MemoryPolicy(limit="4GiB"))
+    error = caught.value
+    assert error.need_bytes == 30_000_000 * 1000 * 4
+    assert 0 < error.free_bytes <= 4 * GiB
+    assert "111.8 GiB" in str(error) and "huge" in str(error)
+    assert "parameters in half precision, or another device" in str(error)
+
+
+def test_the_remedy_is_half_precision_where_that_would_fit(tmp_path: Path) -> None:
+    """Room for half of it: the message names the dtype that would fit and what it needs."""
+    checkpoint = inspect(str(huge(tmp_path / "huge")), kind="embedding")
+    assert checkpoint is not None
+    with pytest.raises(ModelTooLargeError, match=r"dtype='bfloat16' or 'float16' needs 55\.9 GiB and would fit"):
+        check_fits(checkpoint, "float32", 60 * GiB, "cuda:0")
+    check_fits(checkpoint, "float16", 60 * GiB, "cuda:0")
+    check_fits(checkpoint, "float32", 120 * GiB, "cuda:0")
+
+
+def test_running_out_while_loading_is_the_same_error(embedder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that goes while weights are loaded: ModelTooLargeError, not the library's wording; the next try works."""
+    import sentence_transformers
+
+    def out_of_memory(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sentence_transformers, "SentenceTransformer", out_of_memory)
+        with pytest.raises(ModelTooLargeError) as caught:
+            Embedder(str(embedder_folder), device="cpu")
+    assert caught.value.need_bytes > MiB
+    assert caught.value.__cause__ is None and caught.value.__context__ is None  # they would keep what was loaded
+    Embedder(str(embedder_folder), device="cpu").close()
+
+
+# -- damage ----------------------------------------------------------------------------------------------------------
+
+
+def missing(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("not a folder")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def cut_off(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def cut_header(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:20])
+
+
+def empty_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def garbage_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not json at all!" + b"\0" * 100)
+
+
+def strange_header(folder: Path) -> None:
+    header = json.dumps({"weight": {"shape": "many"}, "other": 3}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+def garbage_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"no pickle")
+
+
+def garbage_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def config_is_a_list(folder: Path) -> None:
+    (folder / "config.json").write_text("[1, 2]")
+
+
+def modules_are_a_dict(folder: Path) -> None:
+    (folder / "modules.json").write_text("{}")
+
+
+def garbage_modules(folder: Path) -> None:
+    (folder / "modules.json").write_text("half a fi")
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "modules.json").unlink()
+
+
+def other_shapes(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["intermediate_size"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def no_tokenizer(folder: Path) -> None:
+    for file in (*folder.glob("tokenizer*"), folder / "vocab.txt"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (missing, "does not exist"),
+        (empty, "is empty"),
+        (a_file, "is a file"),
+        (no_weights, "no weights"),
+        (cut_off, "not complete"),
+        (cut_header, "not complete"),
+        (empty_weights, "not complete"),
+        (garbage_weights, "damaged"),
+        (strange_header, "damaged"),
+        (garbage_pickle, "cannot be loaded"),
+        (garbage_config, "cannot be read as JSON"),
+        (config_is_a_list, "config.json cannot be read as JSON .it holds a list"),
+        (modules_are_a_dict, "modules.json cannot be read as JSON .it holds a dict"),
+        (garbage_modules, "cannot be read as JSON"),
+        (no_config, "no saved model"),
+        (other_shapes, "cannot be loaded"),
+        (no_tokenizer, "no tokenizer"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_damaged_folder_is_a_model_error_that_says_what_is_wrong(
+    damage: Any, words: str, embedder_folder: Path
+) -> None:
+    """Missing, empty, half-written or damaged models: ModelError with the folder and what to do, and nothing else."""
+    damage(embedder_folder)
+    with pytest.raises(ModelError, match=words) as caught:
+        Embedder(str(embedder_folder), device="cpu")
+    assert str(embedder_folder) in str(caught.value)
+    assert not isinstance(caught.value, ModelTooLargeError)
+
+
+def test_a_model_of_the_other_kind_is_refused_before_loading(tmp_path: Path, embedder_folder: Path) -> None:
+    """A cross-encoder given to Embedder, and the reverse: ModelError names the class that takes it."""
+    from tests.tiny_models import save_reranker
+
+    reranker_folder = save_reranker(tmp_path / "reranker", "bert", hidden_size=32)
+    with pytest.raises(ModelError, match="give it to Reranker"):
+        Embedder(str(reranker_folder), device="cpu")
+    with pytest.raises(ModelError, match="give it to Embedder"):
+        Reranker(str(embedder_folder), device="cpu")
+
+
+def test_the_revision_changes_with_the_files(embedder_folder: Path) -> None:
+    """What was learnt about a model is not used for other weights in the same folder."""
+
+    def revision() -> str:
+        checkpoint = inspect(str(embedder_folder), kind="embedding")
+        assert checkpoint is not None
+        return checkpoint.revision
+
+    first = revision()
+    assert revision() == first
+    config = embedder_folder / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert revision() != first
+
+
+def test_a_hub_id_that_is_not_on_this_machine_is_unknown() -> None:
+    """Nothing can be read yet: None, and no download."""
+    assert weights.inspect("nobody/no-such-model-3b1c", kind="embedding") is None
