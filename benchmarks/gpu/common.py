@@ -310,7 +310,7 @@ def reserved(setting: Setting, *, peak: bool = False) -> int | None:
 def attempt(setting: Setting, work: Callable[[], Any], tokens: int) -> tuple[Row, Any]:
     """(what came of `work`, its result): seconds, tokens/s and peak, or how it failed. LookupErrors pass through."""
     from memsafe import MemsafeError
-    from memsafe.machine.device import is_out_of_memory
+    from memsafe.machine.refusals import is_out_of_memory
 
     free_memory(setting)
     if not setting.dry:

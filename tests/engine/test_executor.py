@@ -26,7 +26,7 @@ from memsafe.events import (
     ReportBuilder,
     Waited,
 )
-from memsafe.machine.allocator import heap
+from memsafe.machine.heap import heap
 from memsafe.planning.batch import BatchShape, MicroBatch, TokenizedInput
 from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostModel
@@ -493,7 +493,7 @@ def test_an_error_that_only_sounds_like_memory_is_not_swallowed() -> None:
     ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory"],
 )
 def test_every_recorded_wording_starts_the_same_recovery(message: str) -> None:
-    """Refusals arrive in many forms (tests/machine/test_out_of_memory.py has them all); the sequence is the same."""
+    """Refusals arrive in many forms (tests/machine/test_refusals.py has them all); the sequence is the same."""
     device = SimulatedDevice("1GiB", out_of_memory=lambda num_bytes: RuntimeError(message))
     bench = Bench(device=device)
     device.refuse(2)

@@ -22,8 +22,8 @@ import numpy as np
 
 from memsafe import Embedder, InputTooLargeError, MemoryPolicy, ModelTooLargeError, Reranker
 from memsafe.config import MiB
-from memsafe.machine.allocator import heap
-from memsafe.machine.host import LinuxHost
+from memsafe.machine.heap import heap
+from memsafe.machine.linux import LinuxHost
 
 
 def usage_bytes(box: Path) -> int:

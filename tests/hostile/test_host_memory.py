@@ -134,7 +134,8 @@ def test_under_an_rlimit_torch_raises_what_we_recognise() -> None:
     """Where the kernel refuses instead of killing: torch's error is classified, and the program goes on."""
     code = """
 import resource, torch
-from memsafe.machine.device import is_out_of_memory, open_device
+from memsafe.machine.device import open_device
+from memsafe.machine.refusals import is_out_of_memory
 device = open_device("cpu")
 size = device.snapshot().reserved_bytes
 with open("/proc/self/statm") as file: virtual = int(file.read().split()[0]) * resource.getpagesize()

@@ -23,7 +23,7 @@ import json, sys, warnings
 import numpy as np
 from memsafe import Embedder, InputError, InputTooLargeError, MemoryPolicy, Reranker
 from memsafe.config import MiB
-from memsafe.machine.host import LinuxHost
+from memsafe.machine.linux import LinuxHost
 
 warnings.simplefilter("ignore")
 folder, host = sys.argv[1], LinuxHost()

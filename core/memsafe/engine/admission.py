@@ -10,8 +10,8 @@ from typing import Any
 
 from memsafe.config import MemoryPolicy, MiB
 from memsafe.engine.jobs import Backlog, QueueKey
-from memsafe.machine.allocator import heap
 from memsafe.machine.device import Device
+from memsafe.machine.heap import heap
 from memsafe.planning.batch import MicroBatch, TokenizedInput
 from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostModel
@@ -203,7 +203,7 @@ class Admission:
         return more <= max_tokens
 
     def _tighten(self) -> bool:
-        """On a CPU, make the heap exact (see allocator.py) when memory is short; returns whether that is new."""
+        """On a CPU, make the heap exact (see heap.py) when memory is short; returns whether that is new."""
         if self.device.kind != "cpu" or self.cost.exact_heap:
             return False
         self.cost.exact_heap = heap.tighten()

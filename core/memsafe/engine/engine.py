@@ -24,6 +24,7 @@ from memsafe.errors import BusyError, ClosedError, ConfigError, InputError
 from memsafe.events import Event, EventHook, InputsTruncated, ReportBuilder, RunReport
 from memsafe.machine import allocator
 from memsafe.machine.device import Device, open_device
+from memsafe.machine.heap import heap
 from memsafe.machine.store import CostStore
 from memsafe.models.loading import load
 from memsafe.models.model import LoadedModel, ModelSpec
@@ -64,7 +65,7 @@ class Engine:
         state = allocator.configure(policy.alloc_conf)
         self._notes = (state.note,) if state.note and state.status not in ("set", "off") else ()
         if policy.strict_heap:
-            allocator.heap.wish()
+            heap.wish()
         self._store = CostStore(os.path.join(cache_dir(), "costs")) if policy.learn else None
         self.spec = spec
         self.models: list[LoadedModel] = []

@@ -19,7 +19,8 @@ from memsafe.engine.jobs import Backlog, Job
 from memsafe.engine.recover import NOBODY, Rescue, Site, Work, tell
 from memsafe.engine.sinks import HostCopy, Rows, to_host
 from memsafe.events import BudgetChanged, CacheReleased, MicroBatchDone, NonFiniteRedone
-from memsafe.machine.device import Device, is_out_of_memory
+from memsafe.machine.device import Device
+from memsafe.machine.refusals import is_out_of_memory
 from memsafe.planning.batch import MicroBatch, TokenizedInput
 from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostModel

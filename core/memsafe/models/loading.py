@@ -11,7 +11,8 @@ import torch
 from memsafe.attention import interface
 from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError, MemsafeError, ModelError, ModelNotFoundError
-from memsafe.machine.device import Device, is_out_of_memory, open_device
+from memsafe.machine.device import Device, open_device
+from memsafe.machine.refusals import is_out_of_memory
 from memsafe.models import sbert, weights
 from memsafe.models.model import LoadedModel, ModelSpec
 

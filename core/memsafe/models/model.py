@@ -16,7 +16,8 @@ from torch import Tensor
 from memsafe.attention import grouped, interface, kernels
 from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError
-from memsafe.machine.device import Device, is_out_of_memory, open_device
+from memsafe.machine.device import Device, open_device
+from memsafe.machine.refusals import is_out_of_memory
 from memsafe.models import fallbacks, fuse, sbert, weights
 from memsafe.models.packed import PackedModel
 from memsafe.models.selfcheck import CheckStore, SelfCheck, run_self_check

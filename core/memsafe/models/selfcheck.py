@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from memsafe.attention import interface
 from memsafe.config import cache_dir
-from memsafe.machine.device import is_out_of_memory
+from memsafe.machine.refusals import is_out_of_memory
 from memsafe.models import fuse
 from memsafe.models.packed import HEADS, PackedModel
 

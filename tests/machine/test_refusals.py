@@ -1,4 +1,4 @@
-"""machine/device.py, is_out_of_memory: recorded messages that mean "out of memory", and recorded ones that do not."""
+"""machine/refusals.py: recorded messages that mean "out of memory", and recorded ones that do not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from memsafe.errors import BusyError, ClosedError, InputError, InputTooLargeError, RecoveryExhaustedError
-from memsafe.machine.device import is_out_of_memory
+from memsafe.machine.refusals import is_out_of_memory
 
 ACCELERATOR_ERROR: type[RuntimeError] = getattr(torch, "AcceleratorError", RuntimeError)  # torch >= 2.8
 
