@@ -1,67 +1,91 @@
-"""Learnt costs on disk: one small JSON file per :class:`CostKey`. Losing them costs a few probes, nothing else."""
+"""What is remembered on disk: small JSON files, one per key. Losing one costs a measurement, nothing else.
+
+:class:`Store` is the one that reads and writes; :class:`CostStore` keeps learnt costs in it, models/selfcheck.py its checks.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
+import json
 import logging
+import math
 import os
+import stat
 import tempfile
-import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar, get_type_hints
 
-from memsafe.planning.cost import CostKey, CostModel
+import numpy as np
 
-__all__ = ["CostStore"]
+from memsafe.planning.batch import BatchShape
+from memsafe.planning.cost import SCHEMA, CostKey, CostModel
+
+__all__ = ["CostStore", "Store", "document", "read_fields"]
 
 _log = logging.getLogger("memsafe")
+
 _LARGEST_FILE_BYTES = 1 << 20
-"""A model with all its observations takes about 10 KiB; anything beyond this is not ours."""
+"""The largest of ours, a cost model with all its observations, takes about 10 KiB; anything beyond this is not ours."""
+_MOST_BRACKETS = 1000
+"""Ours have about a hundred. JSON is parsed by recursion in C, which overflows the stack, and kills the process, where a
+file is nested deeply and somebody has raised Python's limit."""
+
+Key = CostKey | Sequence[str]
+"""What a value is valid for: strings, with their names or in a fixed order."""
+Value = TypeVar("Value")
 
 
-class CostStore:
-    """Cost models in a directory, which is made on the first save.
+class Store(Generic[Value]):
+    """Values of one kind in a folder, which is made at the first write.
+
+    what: the kind, as the warning names it. schema: the only version that is read. decode: makes the value from the
+    parsed file, and raises ``ValueError`` for what it does not believe.
 
     Files are replaced in one step, so that readers and other writers, in this process or others, see a whole file; of
-    two writers the later one wins. Whatever is wrong (a corrupt or foreign file, another version, no
-    permission, a full disk) is ignored, with one warning per store: a cache must never stop the work.
+    two writers the later one wins. Whatever is wrong (a damaged or foreign file, another version, something that is no
+    file, no permission, a full disk) is ignored, with one warning per store: a cache must never stop the work. Only
+    regular files are opened: reading a FIFO would wait for ever, a device might not end. Links to regular files are
+    followed, because a cache that is shipped with a container (a ConfigMap, a Nix store) consists of them; writing
+    replaces the link.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], what: str, schema: int, decode: Callable[[dict[str, Any]], Value]
+    ) -> None:
         self.directory = Path(directory)
-        self._lock = threading.Lock()
-        self._warned = False
+        self._what, self._schema, self._decode = what, schema, decode
+        self._warnings = itertools.count()  # whose next() is one step: no lock that a fork could leave held
 
-    def path(self, key: CostKey) -> Path:
-        """The file that holds, or would hold, the model of `key`."""
-        return self.directory / f"{key.digest()}.json"
+    def path(self, key: Key) -> Path:
+        """The file that holds, or would hold, the value of `key`: its name is 32 hexadecimal digits of SHA-256."""
+        return (
+            self.directory / f"{hashlib.sha256(json.dumps(_plain(key), sort_keys=True).encode()).hexdigest()[:32]}.json"
+        )
 
-    def load(self, key: CostKey) -> CostModel | None:
-        """What was learnt about `key`; None if nothing usable is there."""
+    def load(self, key: Key) -> Value | None:
+        """The value of `key`; None if nothing usable is there."""
         path = self.path(key)
         try:
-            with open(path, "rb") as file:
-                content = file.read(_LARGEST_FILE_BYTES + 1)
-            if len(content) > _LARGEST_FILE_BYTES:
-                raise ValueError("too large")
-            model = CostModel.from_json(content.decode("utf-8"))
-            if model.key != key:
-                raise ValueError("it belongs to another model")
+            return self._decode(self._parse(_content(path), key))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (ArithmeticError, LookupError, MemoryError, OSError, RecursionError, TypeError, ValueError) as error:
             self._warn("read", path, error)
-            return None
-        return model
+        return None
 
-    def save(self, model: CostModel) -> bool:
-        """Write `model`; return whether that worked."""
-        path = self.path(model.key)
+    def write(self, key: Key, text: str) -> bool:
+        """Replace the file of `key` by `text`, a :func:`document` of this schema and key; return whether that worked."""
+        path = self.path(key)
         temporary = ""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".tmp", dir=self.directory)
             with open(handle, "w", encoding="utf-8") as file:
-                file.write(model.to_json())
+                file.write(text)
             os.replace(temporary, path)
         except (OSError, ValueError) as error:
             if temporary:
@@ -71,14 +95,90 @@ class CostStore:
             return False
         return True
 
+    def _parse(self, content: bytes, key: Key) -> dict[str, Any]:
+        if content.count(b"[") + content.count(b"{") > _MOST_BRACKETS:
+            raise ValueError("too deeply nested, or too long")
+        state = json.loads(content.decode("utf-8"), parse_constant=_refuse)
+        if not isinstance(state, dict) or state.get("schema") != self._schema:
+            raise ValueError(f"not of version {self._schema}")
+        if state.get("key") != _plain(key):
+            raise ValueError("it belongs to another model")
+        return state
+
     def _warn(self, verb: str, path: Path, error: Exception) -> None:
-        with self._lock:
-            first, self._warned = not self._warned, True
-        if first:
+        if next(self._warnings) == 0:
             _log.warning(
-                "cannot %s the learnt memory costs in %s (%s: %s); going on without, this is not said again",
+                "cannot %s the %s in %s (%s: %s); going on without, this is not said again",
                 verb,
+                self._what,
                 path,
                 type(error).__name__,
                 error,
             )
+
+
+class CostStore(Store[CostModel]):
+    """What was learnt about the memory that models need."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        super().__init__(directory, "learnt memory costs", SCHEMA, _usable)
+
+    def save(self, model: CostModel) -> bool:
+        """Write `model`; return whether that worked."""
+        return self.write(model.key, model.to_json())
+
+
+def _usable(state: dict[str, Any]) -> CostModel:
+    """The model in a file; raises ``ValueError`` and ``ArithmeticError`` where its figures, each possible, fit no law."""
+    with np.errstate(divide="raise", invalid="raise", over="raise"):
+        CostModel.from_state(state).resident_bound(BatchShape(1, 1, 1, 1))  # of its own: fitting changes a model
+    return CostModel.from_state(state)
+
+
+def document(schema: int, key: Key, fields: Mapping[str, Any]) -> str:
+    """The text of a file: `fields`, a JSON object, with the schema and the key that reading asks for."""
+    return json.dumps({"schema": schema, "key": _plain(key), **fields}, indent=1, allow_nan=False)
+
+
+def read_fields(kind: type[Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the dataclass `kind` (of bool, str, int or float) in `state`, for its constructor.
+
+    Raises ``ValueError`` unless each one is there, has its field's type and, as a number, is finite and not negative.
+    """
+    types = get_type_hints(kind)
+    if state.keys() - {"schema", "key"} != types.keys():
+        raise ValueError("unknown fields, or some are missing")
+    for name, wanted in types.items():
+        value = state[name]
+        number = wanted in (int, float) and not isinstance(value, bool)
+        if not (isinstance(value, (int, wanted)) if number else type(value) is wanted):
+            raise ValueError(f"{name} is a {type(value).__name__}")
+        if number and not 0 <= value < math.inf:
+            raise ValueError(f"{name} is out of range")
+    return {name: float(state[name]) if wanted is float else state[name] for name, wanted in types.items()}
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a regular file; raises ``OSError`` and ``ValueError``. Nothing else is opened, except where it takes the
+    place of the file meanwhile; then it is not waited for."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not a regular file")
+        content = file.read(_LARGEST_FILE_BYTES + 1) or b""  # None where the kernel would wait
+    if len(content) > _LARGEST_FILE_BYTES:
+        raise ValueError("too large")
+    return content
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+
+
+def _plain(key: Key) -> Any:
+    return asdict(key) if isinstance(key, CostKey) else list(key)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number")

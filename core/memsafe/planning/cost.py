@@ -53,6 +53,8 @@ _REFUTED = 1.6
 work in the process was counted in, and would inflate the margin for long. Alignment explains up to 1.5."""
 _SETTLED = 16
 _REFIT_EVERY = 8
+_LARGEST = 1 << 62
+"""No bytes, tokens or margins that are read back reach this."""
 _FORGET = 0.98
 """Per observation: how slowly a margin decays whose observation was replaced by a newer one of its shape."""
 
@@ -328,21 +330,32 @@ class CostModel:
     def from_json(cls, text: str) -> CostModel:
         """The model that :meth:`to_json` wrote. Raises ``ValueError`` for anything else."""
         try:
-            state = json.loads(text)
+            return cls.from_state(json.loads(text))
+        except RecursionError as error:
+            raise ValueError("not a cost model: too deeply nested") from error
+
+    @classmethod
+    def from_state(cls, state: Any) -> CostModel:
+        """The same from the parsed text."""
+        try:
             if not isinstance(state, dict) or state.get("schema") != SCHEMA:
                 raise ValueError("not a cost model of this version")
             if not all(isinstance(value, str) for value in state["key"].values()):
                 raise ValueError("a key that is not text")
             model = cls(CostKey(**state["key"]), CostPrior(**state["prior"]))
+            if max(asdict(model.prior).values()) > _LARGEST:
+                raise ValueError("a prior out of range")
             for row in state["observations"]:
-                *numbers, live, resident = (None if value is None else _whole(value) for value in row)
+                *numbers, live, resident = row
                 shape = BatchShape(*(_whole(value, least=0 if i == 2 else 1) for i, value in enumerate(numbers)))
+                live = None if live is None else _whole(live, least=1)
+                resident = None if resident is None else _whole(resident)
                 model._observations.append(_Observation(shape, live, resident))
             if len(model._observations) > _MAX_OBSERVATIONS:
                 raise ValueError("more observations than are ever kept")
             model._rungs = [_whole(value, least=1) for value in state["probes"]][:PROBES]
             model._worst = float(state["worst"])
-            if not 0 <= model._worst < math.inf:
+            if not 0 <= model._worst < _LARGEST:
                 raise ValueError("a margin out of range")
             for name in ("target_tokens", "lanes"):
                 value = state[name]
@@ -359,6 +372,6 @@ def _distance(a: BatchShape, b: BatchShape) -> float:
 
 
 def _whole(value: Any, *, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 62:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _LARGEST:
         raise ValueError("a number out of range")
     return value
