@@ -10,15 +10,14 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from memsafe.config import MemoryPolicy, cache_dir
 from memsafe.engine import reaper
-from memsafe.engine.admission import WORTH_RELEASING
-from memsafe.engine.jobs import BULK, QUERY, Backlog, Job, QueueKey
-from memsafe.engine.lanes import dispatcher_of
-from memsafe.engine.runner import Executor
+from memsafe.engine.jobs import Backlog, Job
+from memsafe.engine.lanes import lanes_of, scheduling_lock
+from memsafe.engine.runner import Runner
 from memsafe.engine.sinks import Rows
 from memsafe.errors import BusyError, ClosedError, ConfigError, InputError
 from memsafe.events import Event, EventHook, InputsTruncated, ReportBuilder, RunReport
@@ -30,18 +29,13 @@ from memsafe.models.loading import load
 from memsafe.models.model import LoadedModel, ModelSpec
 from memsafe.planning.batch import TokenizedInput
 from memsafe.planning.budget import MemoryBudget
-from memsafe.planning.cost import CostModel
+from memsafe.planning.cost import CostKey, CostModel
+from memsafe.planning.order import pieces
+from memsafe.planning.turns import BULK, QUERY, QueueKey
 
 __all__ = ["Engine"]
 
 log = logging.getLogger("memsafe")
-
-_FIRST_CHUNK, _LARGEST_CHUNK = 64, 1024
-"""Inputs tokenised at a time: few at first, so that computing starts at once, then more."""
-_CHUNK_CHARS = 1 << 18
-"""Characters tokenised at a time, unless one input has more: a tokenizer takes about 100 bytes per token meanwhile."""
-_CREEP = 4 * WORTH_RELEASING
-"""Growth of a process that computes on a CPU, after which memory is given back though other calls are at work."""
 
 
 class Engine:
@@ -78,9 +72,8 @@ class Engine:
         reaper.settle()  # what the caller has just dropped may be what the new model needs
         for position, device in enumerate(opened):
             self._load(spec, device, position)
-        self._settled_bytes = self.models[0].device.process_bytes()  # the process when memory was last given back
-        self.backlog = Backlog()
-        self.executors: list[Executor] = []
+        self.backlog = Backlog(scheduling_lock())
+        self.runners: list[Runner] = []
         self._attach()
 
     def _load(self, spec: ModelSpec, device: Device, position: int) -> None:
@@ -111,21 +104,20 @@ class Engine:
         for model, baseline in zip(self.models, self._baselines, strict=True):
             key = model.cost_key()
             cost = self._store.load(key) if self._store is not None else None
-            executor = Executor(
+            runner = Runner(
                 model,
-                model.device,
                 self.policy,
                 cost or CostModel(key, model.cost_prior()),
                 self._budget(model.device, baseline),
                 self.backlog,
                 remember=self._remember,
             )
-            self.executors.append(executor)
-            dispatcher_of(model.device).attach(executor)
+            self.runners.append(runner)
+            lanes_of(model.device).attach(runner)
 
-    def _remember(self, cost: CostModel) -> None:
+    def _remember(self, key: CostKey, text: str) -> None:
         if self._store is not None:
-            self._store.save(cost)
+            self._store.write(key, text)
 
     @property
     def model(self) -> LoadedModel:
@@ -157,24 +149,23 @@ class Engine:
         features = (prompt if encoder.mode == "opaque" else extras.get("prompt_length"),)
         key = QueueKey((QUERY if urgent else BULK, max_rows, features))
         job = Job(num_inputs, key, extras, ReportBuilder(), progress, self._emit if self._hooks else None, positions)
-        if self.policy.max_pending is not None and self.policy.on_full == "raise":
-            waiting = self.backlog.reserve(job, num_inputs, self.policy.max_pending)
-            if waiting is not None:
-                raise BusyError(
-                    f"{waiting} inputs wait already and this call has {num_inputs}, but max_pending is "
-                    f"{self.policy.max_pending}; call again later, or use on_full='wait'"
-                )
+        most = self.policy.max_pending if self.policy.on_full == "raise" else None
         job.started = time.perf_counter()
-        job.process_bytes_before = self.models[0].device.process_bytes()
+        job.process_bytes_before = [model.device.process_bytes() for model in self.models]
+        waiting = self.backlog.announce(job, num_inputs, most)
+        if waiting is not None:
+            raise BusyError(
+                f"{waiting} inputs wait already and this call has {num_inputs}, but max_pending is {most}; call again "
+                "later, or use on_full='wait'"
+            )
         return job
 
     def feed(self, job: Job, inputs: Sequence[Any], prompt: str | None) -> None:
-        """Tokenise `inputs`, longest first by characters, while the devices compute what is tokenised already."""
+        """Tokenise `inputs`, piece by piece, while the devices compute what is tokenised already."""
         chars = [_chars(value) for value in inputs]
-        order = sorted(range(len(inputs)), key=chars.__getitem__, reverse=True)
         truncated = 0
         encoder = self.model.encoder
-        for chunk in _chunks(order, chars):
+        for chunk in pieces(chars, self._learning):
             if job.done:
                 break
             started = time.perf_counter()
@@ -196,6 +187,10 @@ class Engine:
             self.backlog.extend(job, items, self.policy.max_pending)
         if truncated:
             self._tell_truncated(job, truncated)
+
+    def _learning(self) -> bool:
+        """Whether a device is still looking for its best size, and can use a sample of all texts."""
+        return any(not runner.tenant.sizing.settled for runner in self.runners)
 
     def finish(self, job: Job, *, num_texts: int) -> tuple[Rows | None, RunReport]:
         """Wait for the job's rows; returns them with the report. Raises what the job ended with."""
@@ -221,21 +216,14 @@ class Engine:
         return job.report.build()
 
     def _release(self, job: Job) -> None:
-        devices = [model.device for model in self.models]
-        if self._closed or not devices:
+        if self._closed:
             return
-        device = devices[0]
-        before = min(job.process_bytes_before, self._settled_bytes)
-        if self.backlog.pending:
-            # others are at work and would only fetch it back; but a CPU's heap creeps where calls never pause
-            if device.kind != "cpu" or device.process_bytes() < self._settled_bytes + _CREEP:
-                return
-            before = self._settled_bytes
-        grown = device.process_bytes() >= before + WORTH_RELEASING
-        for executor in self.executors:
-            executor.release_after_run(job, before)
-        if grown:
-            self._settled_bytes = device.process_bytes()
+        busy = self.backlog.pending > 0
+        for runner, before in zip(list(self.runners), job.process_bytes_before, strict=False):
+            runner.model.drop_host_copy()
+            released = lanes_of(runner.device).release_after_run(runner, before, busy=busy)
+            if released:
+                runner.released(job, released)
 
     def _tell_truncated(self, job: Job, count: int) -> None:
         length = self.model.encoder.max_length or 0
@@ -274,7 +262,7 @@ class Engine:
             self._pid = os.getpid()
             for model in self.models:
                 model.after_fork()
-            self.backlog, self.executors = Backlog(), []
+            self.backlog, self.runners = Backlog(scheduling_lock()), []
             self._attach()
 
     def close(self) -> None:
@@ -284,8 +272,8 @@ class Engine:
                 return
             self._closed = True
         self.backlog.end(lambda: ClosedError("closed while the call was waiting"))
-        while self.executors:  # no variable may hold the last one, and with it the model
-            dispatcher_of(self.executors[-1].device).detach(self.executors.pop())
+        while self.runners:  # no variable may hold the last one, and with it the model
+            lanes_of(self.runners[-1].device).detach(self.runners.pop())
         devices = [model.device for model in self.models]
         while self.models:
             self.models.pop().close()
@@ -293,16 +281,6 @@ class Engine:
         gc.collect()  # models hold themselves in cycles
         for device in devices:
             device.release()
-
-
-def _chunks(order: Sequence[int], chars: Sequence[int]) -> Iterator[Sequence[int]]:
-    """`order`, longest first, in pieces; chars: of each input."""
-    size, start = _FIRST_CHUNK, 0
-    while start < len(order):
-        stop = start + min(size, max(_CHUNK_CHARS // max(chars[order[start]], 1), 1))
-        yield order[start:stop]
-        start = stop
-        size = min(2 * size, _LARGEST_CHUNK)
 
 
 def _chars(text: Any) -> int:

@@ -1,10 +1,9 @@
-"""One call's work, and the queues in which calls wait: data shared between callers and lanes, with its locks."""
+"""One call's work, and the queue in which calls wait: what callers and lanes share."""
 
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
@@ -12,26 +11,10 @@ from memsafe.engine.sinks import Rows, RowWriter
 from memsafe.errors import CancelledError, InputTooLargeError
 from memsafe.events import ReportBuilder
 from memsafe.planning.batch import TokenizedInput
+from memsafe.planning.scheduler import Tenant
+from memsafe.planning.turns import QueueKey, Queues
 
-__all__ = ["BULK", "QUERY", "Backlog", "Job", "QueueKey"]
-
-QUERY, BULK = 0, 1
-OLDEST = 4
-"""Of so many micro-batches from one queue, one begins with the job that has waited longest rather than with the longest."""
-
-
-class QueueKey(tuple[int, int | None, Hashable]):
-    """What inputs must share to run in one micro-batch: (priority, row cap, features). Lower priority runs first."""
-
-    __slots__ = ()
-
-    @property
-    def priority(self) -> int:
-        return self[0]
-
-    @property
-    def max_rows(self) -> int | None:
-        return self[1]
+__all__ = ["Backlog", "Job"]
 
 
 class Job:
@@ -62,7 +45,7 @@ class Job:
         self.future.set_running_or_notify_cancel()
         self.backlog: Backlog | None = None
         self.started = 0.0
-        self.process_bytes_before = 0
+        self.process_bytes_before: list[int] = []  # on each device
         self._progress = progress
         self._pending = num_inputs
         self._failed: dict[int, InputTooLargeError] = {}
@@ -147,35 +130,36 @@ class Job:
 
 
 class Backlog:
-    """Inputs of one model that wait, by queue, each queue longest first. Thread-safe.
+    """Inputs of one model that wait: planning's queues, behind the scheduling lock. Thread-safe.
 
-    Several devices may take from one backlog; :attr:`listeners` are told when there is work or none.
+    lock: the scheduling lock of this process. Several devices may take from one backlog; :attr:`listeners` are told when
+    there is work, or less. tenants: the model's copies, one a device.
     """
 
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
+    def __init__(self, lock: threading.RLock | None = None) -> None:
+        self.lock = lock or threading.RLock()
+        self.queues = Queues()
         self.listeners: list[Callable[[], None]] = []
-        self.executors: list[Any] = []
-        self._queues: dict[QueueKey, _Queue] = {}
+        self.tenants: list[Tenant] = []
         self._room = threading.Condition(self.lock)
         self._ended: Callable[[], BaseException] | None = None
-        self._turns = 0  # micro-batches taken
-        self._reserved: dict[Job, int] = {}  # inputs that were let in, but are not in a queue yet
-        self._offset = 0  # where in its queue the last view began
-        self.pending = 0
 
-    def reserve(self, job: Job, num_inputs: int, max_pending: int) -> int | None:
-        """Let `job` in, to come with :meth:`extend`; or return how many inputs wait, if it would make too many.
+    @property
+    def pending(self) -> int:
+        """Inputs that wait."""
+        return self.queues.pending
 
-        A job larger than `max_pending` is let in when nothing else waits.
+    def announce(self, job: Job, num_inputs: int, max_pending: int | None = None) -> int | None:
+        """Let `job` in, to come with :meth:`extend`; or return how many inputs wait, if it would make more than `max_pending`.
+
+        A job larger than that is let in when nothing else waits.
         """
         with self.lock:
-            waiting = self.pending + sum(self._reserved.values())
-            if waiting and waiting + num_inputs > max_pending:
+            waiting = self.queues.pending + self.queues.coming
+            if max_pending is not None and waiting and waiting + num_inputs > max_pending:
                 return waiting
-            if num_inputs:
-                job.backlog = self
-                self._reserved[job] = num_inputs
+            job.backlog = self
+            self.queues.announce(job, num_inputs)
         return None
 
     def extend(self, job: Job, items: Iterable[TokenizedInput], max_pending: int | None = None) -> None:
@@ -185,9 +169,9 @@ class Backlog:
         while items and not job.done:
             with self.lock:
                 if max_pending is not None:
-                    while self.pending >= max_pending and not job.done and self._ended is None:
+                    while self.queues.pending >= max_pending and not job.done and self._ended is None:
                         self._room.wait(0.1)
-                    room = max(max_pending - self.pending, 0)
+                    room = max(max_pending - self.queues.pending, 0)
                 else:
                     room = len(items)
                 now, items = items[:room], items[room:]
@@ -195,11 +179,8 @@ class Backlog:
                 if job.done:
                     return
                 if ended is None:
-                    self._add(job.key, now)
-                    if job in self._reserved:
-                        self._reserved[job] -= len(now)
-                        if not self._reserved[job]:
-                            del self._reserved[job]
+                    self.queues.add(job.key, now)
+                    self.queues.arrived(job, len(now))
             if ended is not None:
                 job.fail(ended())
                 return
@@ -221,7 +202,7 @@ class Backlog:
                 if item.job.done:
                     continue
                 if self._ended is None:
-                    self._add(item.job.key, [item])
+                    self.queues.add(item.job.key, [item])
                 else:
                     ended.append(item.job)
         for job in ended:
@@ -230,108 +211,24 @@ class Backlog:
         self._tell()
 
     def withdraw(self, job: Job) -> None:
+        """Nothing of `job` is wanted any more."""
         with self.lock:
-            self._reserved.pop(job, None)
-            queue = self._queues.get(job.key)
-            if queue is not None:
-                self.pending -= queue.drop(job)
-                if not queue.items:
-                    del self._queues[job.key]
-                self._room.notify_all()
+            self.queues.withdraw(job.key, job)
+            self._room.notify_all()
         self._tell()
 
-    def keys(self) -> list[QueueKey]:
-        """Queues with work, most urgent first; of equals the one that has waited longest for its turn."""
-        with self.lock:
-            return sorted(self._queues, key=lambda key: (key.priority, self._queues[key].turn))
-
-    def priorities(self) -> set[int]:
-        """Of the queues with work."""
-        with self.lock:
-            return {key.priority for key in self._queues}
-
-    def view(self, key: QueueKey) -> tuple[list[TokenizedInput], int]:
-        """Items of a queue that may run next, longest first, and the tokens of the whole queue.
-
-        Hold :attr:`lock` while using them. Mostly all items; every :data:`OLDEST`-th time those from the oldest job's
-        longest on, so that short inputs do not wait for ever while longer ones keep coming.
-        """
-        queue = self._queues[key]
-        self._offset = queue.oldest() if queue.takes % OLDEST == OLDEST - 1 else 0
-        return queue.items[self._offset :] if self._offset else queue.items, queue.tokens
-
-    def take(self, key: QueueKey, start: int, count: int) -> None:
-        """Remove items ``start:start + count`` of what :meth:`view` last gave. Hold :attr:`lock` from there on."""
-        queue = self._queues[key]
-        queue.remove(self._offset + start, count)
-        self._turns += 1
-        queue.turn, queue.takes = self._turns, queue.takes + 1
-        if not queue.items:
-            del self._queues[key]
-        self.pending -= count
+    def taken(self) -> None:
+        """A micro-batch has left the queues: there is room. Hold the lock."""
         self._room.notify_all()
 
-    def has_others(self, executor: Any) -> bool:
-        """Whether another executor, still in order, takes from this backlog."""
-        return any(other is not executor and other.broken is None for other in self.executors)
+    def has_others(self, tenant: Tenant) -> bool:
+        """Whether another copy of the model, still in order, takes from this backlog."""
+        return any(other is not tenant and other.broken is None for other in self.tenants)
 
     def jobs(self) -> set[Job]:
         with self.lock:
-            return {job for queue in self._queues.values() for job in queue.jobs}
-
-    def _add(self, key: QueueKey, items: list[TokenizedInput]) -> None:
-        if key not in self._queues:
-            self._queues[key] = _Queue(self._turns)  # a new queue comes after those that wait already
-        self._queues[key].add(items)
-        self.pending += len(items)
+            return self.queues.jobs()
 
     def _tell(self) -> None:
         for listener in list(self.listeners):
             listener()
-
-
-class _Queue:
-    """Items longest first; equal lengths in order of arrival. turn: of the backlog, when it was last served."""
-
-    __slots__ = ("items", "jobs", "takes", "tokens", "turn")
-
-    def __init__(self, turn: int) -> None:
-        self.items: list[TokenizedInput] = []
-        self.jobs: dict[Job, int] = {}  # how many items of each wait
-        self.takes = self.tokens = 0
-        self.turn = turn
-
-    def add(self, items: list[TokenizedInput]) -> None:
-        self.tokens += sum(item.num_tokens for item in items)
-        for item in items:
-            self.jobs[item.job] = self.jobs.get(item.job, 0) + 1
-        if len(items) == 1 and self.items:
-            place = bisect_right(self.items, -items[0].num_tokens, key=lambda item: -item.num_tokens)
-            self.items.insert(place, items[0])
-            return
-        self.items.extend(items)
-        self.items.sort(key=lambda item: -item.num_tokens)  # nearly sorted already: timsort merges the runs
-
-    def oldest(self) -> int:
-        """Where the longest item of the job that began first stands."""
-        if len(self.jobs) < 2:
-            return 0
-        oldest = min(self.jobs, key=lambda job: job.started)
-        return next(place for place, item in enumerate(self.items) if item.job is oldest)
-
-    def remove(self, start: int, count: int) -> None:
-        taken = self.items[start : start + count]
-        self.tokens -= sum(item.num_tokens for item in taken)
-        for item in taken:
-            self.jobs[item.job] -= 1
-            if not self.jobs[item.job]:
-                del self.jobs[item.job]
-        del self.items[start : start + count]
-
-    def drop(self, job: Job) -> int:
-        kept = [item for item in self.items if item.job is not job]
-        dropped = len(self.items) - len(kept)
-        self.items = kept
-        self.jobs.pop(job, None)
-        self.tokens = sum(item.num_tokens for item in kept)
-        return dropped

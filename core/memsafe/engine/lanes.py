@@ -1,8 +1,7 @@
-"""One dispatcher per device and process: whoever calls, micro-batches start only when the device has room for them.
+"""The threads, and the only scheduling lock: lanes ask a device's scheduler, and perform what it says outside the lock.
 
-Lanes are threads that run one micro-batch at a time. On a CPU several lanes compute side by side; on an accelerator
-two take turns, one preparing or fetching while the other computes. Queries go before bulk work; a query may use one
-lane more than bulk work does, so that it need not wait for a whole micro-batch to end.
+Lanes run one micro-batch at a time. On a CPU several compute side by side; on an accelerator two take turns, one preparing
+or fetching while the other computes. Nothing under the lock waits for a disk, a driver or the heap.
 """
 
 from __future__ import annotations
@@ -13,16 +12,21 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 
-from memsafe.engine.admission import FAIRNESS, Ticket
-from memsafe.engine.jobs import QUERY, Job
-from memsafe.engine.runner import Executor
+from memsafe.engine.delivery import jobs_of, tell
+from memsafe.engine.jobs import Job
+from memsafe.engine.runner import Runner
 from memsafe.errors import ClosedError
+from memsafe.events import BudgetChanged
 from memsafe.machine.device import Device
+from memsafe.machine.heap import heap
+from memsafe.planning.batch import BatchShape, MicroBatch
+from memsafe.planning.recovery import Action, Work
+from memsafe.planning.scheduler import Grew, Measured, Remember, Scheduler, Start, Tenant, Ticket, TidyFirst
+from memsafe.planning.tidying import Seen, Tidy
 
-__all__ = ["Dispatcher", "dispatcher_of"]
+__all__ = ["Lanes", "lanes_of", "scheduling_lock"]
 
 log = logging.getLogger("memsafe")
 
@@ -32,15 +36,20 @@ IDLE_S = 5.0
 FORK_WAIT_S = 10.0
 """How long a fork waits for micro-batches in flight at most."""
 
-_registry: dict[str, Dispatcher] = {}
-_registry_lock = threading.Lock()
+_lock = threading.RLock()  # of every scheduler and queue; decisions take well under a millisecond
+_registry: dict[str, Lanes] = {}
 
 
-def dispatcher_of(device: Device) -> Dispatcher:
-    """The process's dispatcher for `device`."""
-    with _registry_lock:
+def scheduling_lock() -> threading.RLock:
+    """The lock of every decision in this process."""
+    return _lock
+
+
+def lanes_of(device: Device) -> Lanes:
+    """The process's lanes for `device`."""
+    with _lock:
         if device.name not in _registry:
-            _registry[device.name] = Dispatcher(device)
+            _registry[device.name] = Lanes(device)
         return _registry[device.name]
 
 
@@ -52,44 +61,44 @@ class _ChoosingError(Exception):
         self.waiters = waiters
 
 
-class Dispatcher:
-    """Owns a device's lanes and what is in flight on it."""
+class Lanes:
+    """A device's threads, and what they run. Its scheduler is only ever touched with the scheduling lock held."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self._executors: list[Executor] = []
+        self.scheduler = Scheduler(device.traits)
         # `with` on the lock itself, never on the condition, whose __enter__ is Python code: a Ctrl-C inside it would leak the lock
-        self._lock = threading.RLock()
+        self._lock = _lock
         self._condition = threading.Condition(self._lock)
-        self._in_flight: dict[Ticket, Executor] = {}
-        self._paused: set[Ticket] = set()  # in flight, but waiting for memory: they hold none
-        self._alone: set[Ticket] = set()  # nothing new starts beside them
-        self._lanes: set[threading.Thread] = set()
+        self._runners: dict[Tenant, Runner] = {}  # those that are leaving too, until their last micro-batch is done
+        self._threads: set[threading.Thread] = set()
+        self._changes = 0  # whoever looked at memory before the last one should look again before it waits
         self._waiting = 0
         self._closing = False
         self._forking = False
-        self._passed: dict[tuple[Executor, int], int] = {}  # grants to others while work of this priority waited
-        self._last_done: float | None = None
-        self._running: tuple[int, int | None] | None = None
 
-    def attach(self, executor: Executor) -> None:
-        with self._lock:
-            self._executors.append(executor)
-            executor.backlog.executors.append(executor)
-            executor.backlog.listeners.append(self.wake)
+    # models come and go
 
-    def detach(self, executor: Executor) -> None:
-        """Forget `executor` when its last micro-batch is done."""
+    def attach(self, runner: Runner) -> None:
         with self._lock:
-            if executor in self._executors:
-                self._executors.remove(executor)
-                executor.backlog.executors.remove(executor)
-                executor.backlog.listeners.remove(self.wake)
-            self._passed = {key: count for key, count in self._passed.items() if key[0] is not executor}
-            if threading.current_thread() in self._lanes:
-                return  # closed from a caller's hook: it cannot wait for the micro-batch that it is part of
-            while executor in self._in_flight.values():
+            self._runners[runner.tenant] = runner
+            self.scheduler.attach(runner.tenant)
+            runner.backlog.tenants.append(runner.tenant)
+            runner.backlog.listeners.append(self.wake)
+
+    def detach(self, runner: Runner) -> None:
+        """Forget `runner` when its last micro-batch is done."""
+        tenant = runner.tenant
+        with self._lock:
+            if tenant in self.scheduler.tenants:
+                self.scheduler.detach(tenant)
+                runner.backlog.tenants.remove(tenant)
+                runner.backlog.listeners.remove(self.wake)
+            while tenant in self.scheduler.in_flight.values():
+                if threading.current_thread() in self._threads:
+                    return  # closed from a caller's hook: it cannot wait for the micro-batch that it is part of
                 self._condition.wait(0.1)
+            self._runners.pop(tenant, None)
 
     def wake(self) -> None:
         """Work has come, or room."""
@@ -97,82 +106,77 @@ class Dispatcher:
             closing = self._closing
             if not closing and not self._waiting:
                 self._start_lane()
-            self._condition.notify_all()  # a single one might reach somebody who waits for something else
-            executors = list(self._executors) if closing else []
-        for executor in executors:
-            if executor.backlog.pending:
-                executor.backlog.end(_exiting)
+            self._notify()
+            runners = list(self._runners.values()) if closing else []
+        for runner in runners:
+            if runner.backlog.pending:
+                runner.backlog.end(_exiting)
+
+    def release_after_run(self, runner: Runner, before_bytes: int, *, busy: bool) -> int:
+        """At the end of a run: give cached memory back as the policy says; returns how much. before_bytes: what the process
+        held when the run began. busy: other calls are at work."""
+        process_bytes = self.device.process_bytes()
+        with self._lock:
+            tidying = self.scheduler.tidying
+            wanted = tidying.after_run(runner.policy.release, before_bytes, process_bytes, busy=busy)
+        return self._tidy(Tidy.RELEASE) if wanted else 0
+
+    # forks and the end
 
     def pause_for_fork(self) -> None:
         """Let micro-batches in flight end and start none: a fork in the middle of a matrix product may copy its
         library's locks as they are, held for ever in the child."""
         with self._lock:
-            if threading.current_thread() not in self._lanes:
+            if threading.current_thread() not in self._threads:
                 self._forking = True
-                self._condition.wait_for(lambda: all(ticket in self._paused for ticket in self._in_flight), FORK_WAIT_S)
+                self._condition.wait_for(lambda: not self.scheduler.running(), FORK_WAIT_S)
 
     def resume(self) -> None:
         """The fork is over."""
         with self._lock:
             self._forking = False
-            self._condition.notify_all()
-
-    @property
-    def num_lanes(self) -> int:
-        return len(self._lanes)
+            self._notify()
 
     def close(self) -> None:
         """End the lanes once their micro-batches are done; what waits, for work or for memory, fails, so this is prompt."""
         with self._lock:
             self._closing = True
-            self._condition.notify_all()
-            lanes = list(self._lanes)
-            executors = list(self._executors)
-            jobs = _jobs(self._in_flight)
-        for executor in executors:
-            executor.backlog.end(_exiting)
+            self._notify()
+            threads, runners = list(self._threads), list(self._runners.values())
+            jobs = _jobs(self.scheduler.in_flight)
+        for runner in runners:
+            runner.backlog.end(_exiting)
         for job in jobs:
             job.fail(_exiting())
-        for lane in lanes:
-            lane.join(timeout=10)
+        for thread in threads:
+            thread.join(timeout=10)
 
     # lanes
 
+    def _notify(self) -> None:
+        self._changes += 1
+        self._condition.notify_all()  # a single one might reach somebody who waits for something else
+
     def _start_lane(self) -> None:
-        """Start a lane if one more could be of use. Call with the condition held."""
-        wanted = max((executor.lanes[0] for executor in self._executors), default=0) + 1 + len(self._paused)
-        if len(self._lanes) < wanted:
+        """Start a lane if one more could be of use. Call with the lock held."""
+        if len(self._threads) < self.scheduler.most_lanes:
             lane = threading.Thread(
-                target=self._lane, name=f"memsafe-{self.device.name}-{len(self._lanes)}", daemon=True
+                target=self._lane, name=f"memsafe-{self.device.name}-{len(self._threads)}", daemon=True
             )
-            self._lanes.add(lane)
+            self._threads.add(lane)
             try:
                 lane.start()
             except RuntimeError:  # the system gives no more threads: those that there are will do
-                self._lanes.discard(lane)
-                if not self._lanes:
+                self._threads.discard(lane)
+                if not self._threads:
                     raise
 
     def _lane(self) -> None:
-        set_threads, starved_seconds = _thread_tools(self.device)
+        tools = _thread_tools(self.device)
         try:
-            while (grant := self._next()) is not None:
-                executor, ticket = grant
-                judged = ticket.threads == 1 and not executor.lane_choice.done
-                starved_before = starved_seconds() if judged else 0.0
-                try:
-                    if ticket.threads is not None:
-                        set_threads(ticket.threads)
-                    executor.run(ticket, _Site(self, ticket))
-                except BaseException as error:  # a fault of ours: no caller may wait for ever
-                    log.exception("a micro-batch ended in an unexpected error")
-                    for job in _jobs([ticket]):
-                        job.fail(self._death(error))
-                finally:
-                    self._done(ticket, starved_seconds() - starved_before if judged else 0.0)
-                    if executor.broken is not None and not executor.backlog.has_others(executor):
-                        executor.backlog.end(partial(_all_failed, executor.broken))
-                    del executor, ticket, grant
+            while (start := self._next()) is not None:
+                self._perform(start, *tools)
+                del start
         except BaseException as error:  # a fault of ours, before a micro-batch was chosen
             waiters = error.waiters if isinstance(error, _ChoosingError) else self._waiters()
             cause = error.__cause__ or error
@@ -181,32 +185,34 @@ class Dispatcher:
                 job.fail(self._death(cause))
         finally:
             with self._lock:
-                self._lanes.discard(threading.current_thread())
-                if not self._closing and not self._waiting and any(e.backlog.pending for e in self._executors):
+                self._threads.discard(threading.current_thread())
+                if not self._closing and not self._waiting and self.scheduler.pending:
                     self._start_lane()  # work that came while this lane was on its way out
 
     def _waiters(self) -> list[Job]:
         with self._lock:
-            backlogs = {executor.backlog for executor in self._executors}
-        return [job for backlog in backlogs for job in backlog.jobs()]
+            return [job for backlog in {runner.backlog for runner in self._runners.values()} for job in backlog.jobs()]
 
     def _death(self, error: BaseException) -> ClosedError:
         return ClosedError(f"the worker of {self.device.name} failed: {type(error).__name__}: {error}")
 
-    def _next(self) -> tuple[Executor, Ticket] | None:
-        with self._lock:
-            idle_since = time.monotonic()
-            while not self._closing:
-                try:
-                    grant = self._grant()
-                except BaseException as error:  # those who wait now: who comes later has nothing to do with it
-                    raise _ChoosingError(self._waiters()) from error
-                if grant is not None:
-                    if not self._waiting and any(executor.backlog.pending for executor in self._executors):
-                        self._start_lane()
-                    return grant
-                if not self._in_flight and not any(executor.backlog.pending for executor in self._executors):
-                    self._last_done = None
+    def _next(self) -> Start | None:
+        """The next micro-batch, waited for; None when the lane may end."""
+        idle_since = time.monotonic()
+        while True:
+            with self._lock:
+                if self._closing:
+                    return None
+                changes, pending = self._changes, self.scheduler.pending and not self._forking
+            start = self.choose() if pending else None
+            if start is not None:
+                return start
+            with self._lock:
+                if self._closing:
+                    return None
+                if pending and changes != self._changes:
+                    continue  # what was decided upon is no longer so
+                if self.scheduler.idle:
                     left = IDLE_S - (time.monotonic() - idle_since)
                     if left <= 0:
                         return None
@@ -215,128 +221,144 @@ class Dispatcher:
                 self._waiting += 1
                 self._condition.wait(left)
                 self._waiting -= 1
-            return None
 
-    def _grant(self) -> tuple[Executor, Ticket] | None:
-        """The next micro-batch that may start now. Call with the condition held."""
-        if self._forking:
-            return None
-        running = [ticket for ticket in self._in_flight if ticket not in self._paused]
-        if self._alone or any(ticket.probe for ticket in running):
-            return None  # it runs alone, to be measured, or because it failed beside others
-        busy = len(running)
-        waiting = self._who_waits()
-        turn = FAIRNESS * max(len(waiting) - 1, 1)
-        if busy and any(self._passed.get(each, 0) > turn for each in waiting):
-            return None  # some work cannot start beside others: let the device run empty, or it never would
-        for executor in self._order(waiting, turn):
-            lanes, threads = executor.lanes
-            keys = executor.backlog.keys()
-            if not keys:
-                continue
-            urgent = keys[0].priority == QUERY
-            if busy >= lanes + (1 if urgent else 0):
-                continue
-            if busy and self.device.kind == "cpu" and (lanes, threads) != self._running and not urgent:
-                continue  # another division of the cores is still at work
-            in_flight = sum(ticket.bound_bytes for ticket in running)
-            trying = any(self._in_flight[each] is executor and each.size is not None for each in running)
-            ticket = executor.admit(in_flight, busy, lanes, trying)
-            if ticket is None:
-                continue
-            if threads is not None:
-                alone = not busy and not executor.backlog.pending
-                ticket = replace(ticket, threads=self.device.num_cores if alone or ticket.probe else threads)
-            if not busy:
-                self._running = (lanes, threads)
-            self._in_flight[ticket] = executor
-            for job in _jobs([ticket]):
-                job.report.peak(lanes=busy + 1)
-            served = (executor, ticket.batch.items[0].job.key.priority)
-            self._passed = {each: self._passed.get(each, 0) + 1 for each in waiting if each != served}
-            return executor, ticket
-        return None
+    def choose(self) -> Start | None:
+        """The micro-batch that may start now, its memory made ready; None if there is none."""
+        while True:
+            try:
+                seen = self.look()
+                with self._lock:
+                    if self._forking or self._closing:
+                        return None
+                    action = self.scheduler.next(time.perf_counter(), seen)
+                    if isinstance(action, Start):
+                        self._admitted(action)
+                        return action
+                if action is None:
+                    return None
+                self._tidy(action.tidy, action)
+            except BaseException as error:  # those who wait now: who comes later has nothing to do with it
+                raise _ChoosingError(self._waiters()) from error
 
-    def _who_waits(self) -> list[tuple[Executor, int]]:
-        """(executor, priority) of all work that waits."""
-        return [
-            (executor, priority)
-            for executor in self._executors
-            if executor.broken is None and executor.backlog.pending
-            for priority in executor.backlog.priorities()
-        ]
+    def _admitted(self, start: Start) -> None:
+        """Call with the lock held."""
+        self._runners[start.tenant].backlog.taken()
+        if not self._waiting and self.scheduler.pending:
+            self._start_lane()
 
-    def _order(self, waiting: list[tuple[Executor, int]], turn: int) -> list[Executor]:
-        """Executors with work: those passed over `turn` times first, then the most urgent, equals in turn; of replicas
-        the least busy first."""
-        if len(waiting) < 2:
-            return [executor for executor, _ in waiting]
-        in_flight = list(self._in_flight.values())
+    def look(self) -> Seen:
+        """Memory as it is now. Asks the driver: never with the lock held."""
+        exact = self.device.traits.keeps_freed and heap.exact
+        return Seen(self.device.snapshot(), self.device.process_bytes(), exact)
 
-        def rank(each: tuple[Executor, int]) -> tuple[bool, int, int, int]:
-            executor, priority = each
-            passed = self._passed.get(each, 0)
-            return passed < turn, priority, in_flight.count(executor), -passed
-
-        return list(dict.fromkeys(executor for executor, _ in sorted(waiting, key=rank)))
-
-    def _done(self, ticket: Ticket, starved_s: float = 0.0) -> None:
-        now = time.perf_counter()
+    def _tidy(self, tidy: Tidy, first: TidyFirst | None = None) -> int:
+        released = 0
+        if tidy is Tidy.RELEASE:
+            released = self.device.release()
+        elif tidy is Tidy.TIGHTEN:
+            heap.tighten()
+        else:
+            heap.loosen()
+        process_bytes = self.device.process_bytes()
         with self._lock:
-            executor = self._in_flight.pop(ticket)
-            self._paused.discard(ticket)
-            self._alone.discard(ticket)
-            busy_on = executor.backlog.pending > 0
-            # What was begun under another division of the cores says nothing about the one that is tried now.
-            counts = ticket.fits and not ticket.probe and executor.lanes == self._running
-            if self._last_done is not None and busy_on and counts:
-                executor.record_lanes(executor.model.flops(ticket.batch.shape), now - self._last_done, starved_s)
-            self._last_done = now if busy_on or self._in_flight else None
-            self._condition.notify_all()
+            if first is not None:
+                self.scheduler.did(first, released, process_bytes)
+            else:
+                self.scheduler.tidying.did(tidy, process_bytes)
+        return released
+
+    def perform(self, start: Start) -> None:
+        """Run what was chosen, in this thread."""
+        self._perform(start, *_thread_tools(self.device))
+
+    def _perform(self, start: Start, set_threads: Callable[[int], None], starved_seconds: Callable[[], float]) -> None:
+        ticket, tenant = start.ticket, start.tenant
+        with self._lock:
+            runner = self._runners[tenant]
+            judged = ticket.threads == 1 and not tenant.sizing.lane_choice.done
+        for job in jobs_of(ticket.batch):
+            job.report.peak(lanes=start.busy)
+        starved_before = starved_seconds() if judged else 0.0
+        try:
+            if ticket.threads is not None:
+                set_threads(ticket.threads)
+            runner.run(start, _Site(self, runner, ticket))
+        except BaseException as error:  # a fault of ours: no caller may wait for ever
+            log.exception("a micro-batch ended in an unexpected error")
+            for job in jobs_of(ticket.batch):
+                job.fail(self._death(error))
+        finally:
+            starved = starved_seconds() - starved_before if judged else 0.0
+            with self._lock:
+                actions = self.scheduler.done(ticket, time.perf_counter(), starved)
+                if tenant not in self.scheduler.tenants and tenant not in self.scheduler.in_flight.values():
+                    self._runners.pop(tenant, None)  # it was closed meanwhile
+                self._notify()
+            for action in actions:
+                runner.remember(action.key, action.text)
+            if tenant.broken is not None and not runner.backlog.has_others(tenant):
+                runner.backlog.end(partial(_all_failed, tenant.broken))
 
 
 class _Site:
-    """The dispatcher as one of its micro-batches sees it: see :class:`memsafe.engine.recover.Site`."""
+    """The scheduler as one of its micro-batches sees it: see :class:`memsafe.engine.recover.Site`."""
 
-    def __init__(self, dispatcher: Dispatcher, ticket: Ticket) -> None:
-        self._dispatcher = dispatcher
-        self._ticket = ticket
+    def __init__(self, lanes: Lanes, runner: Runner, ticket: Ticket) -> None:
+        self._lanes, self._runner, self._ticket = lanes, runner, ticket
 
-    def others(self) -> tuple[int, int]:
-        with self._dispatcher._lock:
-            running = self._running()
-            return len(running), sum(ticket.bound_bytes for ticket in running)
+    def checked(self, work: Work) -> Work:
+        seen = self._lanes.look()
+        with self._lanes._lock:
+            return self._lanes.scheduler.checked(self._ticket, work, seen)
+
+    def refused(self, work: Work) -> tuple[Action, ...]:
+        seen = self._lanes.look()
+        with self._lanes._lock:
+            return self._lanes.scheduler.refused(self._ticket, work, seen)
+
+    def ran(self, batch: MicroBatch, measured: Measured) -> None:
+        with self._lanes._lock:
+            actions = self._lanes.scheduler.ran(self._ticket, batch, measured)
+        for action in actions:
+            if isinstance(action, Remember):
+                self._runner.remember(action.key, action.text)
+            elif isinstance(action, Grew):
+                tell(batch, BudgetChanged(self._lanes.device.name, action.cap_bytes, "grow"), grows=1)
+            else:
+                self._lanes._tidy(action)
+
+    def predict(self, shape: BatchShape) -> tuple[int, int, int]:
+        seen = self._lanes.look()
+        ledger = self._runner.tenant.ledger
+        with self._lanes._lock:
+            return ledger.predict(shape), ledger.bound(shape), ledger.headroom(seen.snapshot)
 
     def pause(self, paused: bool) -> None:
-        owner, ticket = self._dispatcher, self._ticket
-        with owner._lock:
+        lanes, ticket = self._lanes, self._ticket
+        with lanes._lock:
             if paused:
-                owner._paused.add(ticket)
-                owner._alone.discard(ticket)
-                if not owner._waiting:
-                    owner._start_lane()
+                lanes.scheduler.paused.add(ticket)
+                lanes.scheduler.alone.discard(ticket)
+                if not lanes._waiting:
+                    lanes._start_lane()
             else:
-                owner._paused.discard(ticket)
-            owner._condition.notify_all()
+                lanes.scheduler.paused.discard(ticket)
+            lanes._notify()
 
     def clear(self, timeout_s: float) -> bool:
-        owner, ticket = self._dispatcher, self._ticket
-        with owner._lock:
-            owner._alone.add(ticket)
-            owner._paused.add(ticket)  # of two that wait for each other, the first to look goes first
+        lanes, ticket = self._lanes, self._ticket
+        with lanes._lock:
+            lanes.scheduler.alone.add(ticket)
+            lanes.scheduler.paused.add(ticket)  # of two that wait for each other, the first to look goes first
             try:
-                return owner._condition.wait_for(lambda: not self._running(), timeout_s)
+                return lanes._condition.wait_for(lambda: not lanes.scheduler.running(besides=ticket), timeout_s)
             finally:
-                owner._paused.discard(ticket)
-
-    def _running(self) -> list[Ticket]:
-        owner = self._dispatcher
-        return [t for t in owner._in_flight if t is not self._ticket and t not in owner._paused]
+                lanes.scheduler.paused.discard(ticket)
 
 
 def _thread_tools(device: Device) -> tuple[Callable[[int], None], Callable[[], float]]:
     """Sets how many threads torch's operations use in the calling thread; tells how long it has had no core."""
-    if device.kind != "cpu":
+    if not device.traits.side_by_side:
         return lambda threads: None, lambda: 0.0
     from memsafe.machine.threads import set_threads, starved_seconds
 
@@ -356,24 +378,24 @@ def _all_failed(error: BaseException) -> ClosedError:
 
 
 def _close_all() -> None:
-    for dispatcher in list(_registry.values()):
-        dispatcher.close()
+    for lanes in list(_registry.values()):
+        lanes.close()
 
 
 def _before_fork() -> None:
-    for dispatcher in list(_registry.values()):
-        dispatcher.pause_for_fork()
+    for lanes in list(_registry.values()):
+        lanes.pause_for_fork()
 
 
 def _resume_after_fork() -> None:
-    for dispatcher in list(_registry.values()):
-        dispatcher.resume()
+    for lanes in list(_registry.values()):
+        lanes.resume()
 
 
 def _after_fork() -> None:
-    """A forked child has none of its parent's threads: its dispatchers start anew."""
-    global _registry_lock
-    _registry_lock = threading.Lock()
+    """A forked child has none of its parent's threads: its lanes start anew, under a lock that nobody holds."""
+    global _lock
+    _lock = threading.RLock()
     _registry.clear()
 
 

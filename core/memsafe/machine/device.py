@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from memsafe.machine import allocator
 from memsafe.machine.host import Host, open_host
 from memsafe.machine.meter import Overlap, Peak, StorageMeter
 from memsafe.planning.budget import MemorySnapshot
+from memsafe.planning.traits import Traits
 
 __all__ = ["Device", "Peak", "open_device"]
 
@@ -49,6 +51,11 @@ class Device(ABC):
         return self.snapshot().total_bytes
 
     @property
+    def traits(self) -> Traits:
+        """How it behaves, as far as planning needs to know."""
+        return Traits.of(self.kind, self.num_cores)
+
+    @property
     def num_cores(self) -> int:
         """CPU cores this process may keep busy, on every kind of device."""
         return self._host.num_cores()
@@ -72,6 +79,14 @@ class Device(ABC):
     @abstractmethod
     def supports(self, dtype_name: str) -> bool:
         """Whether the hardware computes in this dtype (``"bfloat16"``, ``"torch.float16"``), rather than emulating it."""
+
+    def mark(self) -> Any:
+        """A point in the device's work, for :meth:`seconds_between`; None where the device has no clock of its own."""
+        return None
+
+    def seconds_between(self, begin: Any, end: Any) -> float | None:
+        """What the device did from one mark to the next, once it has passed both; None where it cannot say."""
+        return None
 
     def synchronize(self) -> None:
         """Wait until the device has done all it was asked to do."""
@@ -222,6 +237,14 @@ class CudaDevice(_CachedDevice):
     @property
     def _torch(self) -> ModuleType:
         return torch.cuda
+
+    def mark(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.index))
+        return event
+
+    def seconds_between(self, begin: Any, end: Any) -> float | None:
+        return float(begin.elapsed_time(end)) / 1000  # of the stream: a slow host before or after does not count
 
     def supports(self, dtype_name: str) -> bool:
         dtype_name = dtype_name.removeprefix("torch.")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BatchPlan", "BatchShape", "MicroBatch", "TokenizedInput"]
+__all__ = ["BatchShape", "MicroBatch", "TokenizedInput"]
 
 
 class TokenizedInput:
@@ -118,20 +118,3 @@ class MicroBatch:
             MicroBatch(self.items[:cut], self.packed, self.multiple),
             MicroBatch(self.items[cut:], self.packed, self.multiple),
         )
-
-
-@dataclass(frozen=True, eq=False)
-class BatchPlan:
-    """Micro-batches that together hold every input exactly once."""
-
-    micro_batches: tuple[MicroBatch, ...]
-
-    @cached_property
-    def num_tokens(self) -> int:
-        return sum(batch.num_tokens for batch in self.micro_batches)
-
-    @cached_property
-    def padding_ratio(self) -> float:
-        """Computed tokens that are padding, as a fraction of all computed tokens; 0.0 if there are none."""
-        computed = sum(batch.shape.tokens for batch in self.micro_batches)
-        return 1 - self.num_tokens / computed if computed else 0.0

@@ -19,10 +19,11 @@ import numpy as np
 from memsafe.planning.batch import BatchShape
 from memsafe.planning.fit import FloatArray, fit
 from memsafe.planning.prior import CostPrior
+from memsafe.planning.speed import SpeedCurve
 
 __all__ = ["SCHEMA", "CostKey", "CostModel", "CostPrior"]
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the JSON form; other versions are not read."""
 
 PROBES = 5
@@ -89,8 +90,8 @@ class CostModel:
     def __init__(self, key: CostKey, prior: CostPrior) -> None:
         self.key = key
         self.prior = prior
-        self.target_tokens: int | None = None
-        """The knee: tokens per micro-batch beyond which throughput no longer grows; None until found."""
+        self.speed = SpeedCurve()
+        """How long micro-batches take. Kept with the costs; learnt from and asked elsewhere."""
         self.lanes: int | None = None
         """How many micro-batches side by side were fastest; None until found."""
         self.exact_heap = False
@@ -321,7 +322,7 @@ class CostModel:
             "observations": observations,
             "probes": self._rungs,
             "worst": self._worst,
-            "target_tokens": self.target_tokens,
+            "speed": self.speed.to_json(),
             "lanes": self.lanes,
         }
         return json.dumps(state, indent=1)
@@ -357,9 +358,9 @@ class CostModel:
             model._worst = float(state["worst"])
             if not 0 <= model._worst < _LARGEST:
                 raise ValueError("a margin out of range")
-            for name in ("target_tokens", "lanes"):
-                value = state[name]
-                setattr(model, name, None if value is None else _whole(value, least=1))
+            model.speed = SpeedCurve.from_json(state["speed"])
+            lanes = state["lanes"]
+            model.lanes = None if lanes is None else _whole(lanes, least=1)
         except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"not a cost model: {type(error).__name__}") from error
         return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from memsafe.planning.batch import BatchPlan, BatchShape, MicroBatch, TokenizedInput
+from memsafe.planning.batch import BatchShape, MicroBatch, TokenizedInput
 from memsafe.planning.cost import CostModel
 
 __all__ = ["BatchPlanner"]
@@ -34,18 +34,6 @@ class BatchPlanner:
         never has to grow in small steps, and neighbours in a micro-batch have about the same length.
         """
         return sorted(items, key=_length, reverse=True)
-
-    def plan(
-        self, items: Iterable[TokenizedInput], *, cost: CostModel, budget_bytes: int, max_tokens: int
-    ) -> BatchPlan:
-        """Every input exactly once; only a micro-batch of a single input may pass the budget or `max_tokens`."""
-        backlog = self.order(items)
-        batches, start = [], 0
-        while start < len(backlog):
-            batch = self.take(backlog, start, cost=cost, budget_bytes=budget_bytes, max_tokens=max_tokens)
-            batches.append(batch)
-            start += len(batch)
-        return BatchPlan(tuple(batches))
 
     def take(
         self,

@@ -17,14 +17,16 @@ Every path ends: splits halve, waits add up to at most `wait_s`, rungs are used 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from memsafe.config import FALLBACKS, MemoryPolicy
-from memsafe.planning.batch import BatchShape
+from memsafe.planning.batch import BatchShape, MicroBatch
 
 __all__ = [
     "Action",
+    "Clear",
     "Failure",
     "FallBack",
     "GiveUp",
@@ -34,6 +36,8 @@ __all__ = [
     "ShrinkBudget",
     "Split",
     "Wait",
+    "Work",
+    "follow",
 ]
 
 FIRST_WAIT_S = 0.05
@@ -71,9 +75,18 @@ class Split(Action):
 
 @dataclass(frozen=True, slots=True)
 class ShrinkBudget(Action):
-    """Cap the budget below what failed."""
+    """Cap the budget below what failed. cap_bytes: the new cap, once it is known."""
 
+    cap_bytes: int | None = None
     name: ClassVar[str] = "shrink"
+
+
+@dataclass(frozen=True, slots=True)
+class Clear(Action):
+    """Let nothing new start, and wait for others to end, at most so many seconds: it is tried once more by itself."""
+
+    seconds: float
+    name: ClassVar[str] = "retry"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +126,6 @@ class Failure:
     rungs_impossible: fallbacks that this model or device cannot do.
     waited_s: seconds waited for this input so far.
     has_neighbours: whether other processes, or micro-batches in flight, hold memory that may come free.
-    device_kind: ``"cuda"``, ``"cpu"``, ...
     half: the model already runs in half precision.
     started: False if it was only predicted not to fit.
     """
@@ -127,7 +139,6 @@ class Failure:
     rungs_impossible: tuple[str, ...] = ()
     waited_s: float = 0.0
     has_neighbours: bool = False
-    device_kind: str = "cpu"
     half: bool = False
     started: bool = True
 
@@ -163,8 +174,6 @@ class RecoveryPolicy:
         pointless = set(failure.rungs_impossible)
         if failure.half:
             pointless.add("half")
-        if failure.device_kind == "cpu":
-            pointless.add("cpu")
         return [rung for rung in FALLBACKS if rung not in pointless]
 
     def _reason(self, failure: Failure, possible: list[str]) -> str:
@@ -180,3 +189,48 @@ class RecoveryPolicy:
             allowed = tuple(rung for rung in FALLBACKS if rung in self._fallback or rung in untried)
             remedy += f", or allow more fallbacks: MemoryPolicy(fallback={allowed})"
         return f"one input of {failure.tokens:,} tokens: {', '.join(tried)}; {remedy}"
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Inputs on their way through recovery.
+
+    bound_bytes: what they are predicted to need at most. budget_bytes: what was free for them then. failures: how often
+    memory ran out on them. refused: their bound is above the budget, so they were not started. rung: the fallback they are
+    to run by. rungs: fallbacks tried or predicted not to fit; used: those that really ran. cleared: they had the device for
+    themselves. reprieved: they were looked at once more before they were given up. via: what is to be told when they start.
+    """
+
+    batch: MicroBatch
+    bound_bytes: int = 0
+    budget_bytes: int = 0
+    failures: int = 0
+    refused: bool = False
+    rung: str | None = None
+    rungs: tuple[str, ...] = ()
+    used: tuple[str, ...] = ()
+    waited_s: float = 0.0
+    cleared: bool = False
+    reprieved: bool = False
+    via: str = ""
+
+
+def follow(work: Work, actions: Iterable[Action]) -> tuple[Work, ...]:
+    """What is to run after `actions` were decided for `work`, in this order; nothing if it is given up.
+
+    Memory may come free between a refusal and the end: what was never started is looked at once more before it is given up.
+    """
+    for action in actions:
+        if isinstance(action, Wait):
+            work = replace(work, waited_s=work.waited_s + action.seconds)
+        elif isinstance(action, Clear):
+            return (replace(work, cleared=True),)
+        elif isinstance(action, Retry):
+            return (replace(work, via="retry"),)
+        elif isinstance(action, Split):
+            return tuple(Work(half) for half in work.batch.split())
+        elif isinstance(action, FallBack):
+            return (replace(work, rung=action.rung, rungs=(*work.rungs, action.rung), via=action.rung),)
+        elif isinstance(action, GiveUp) and work.refused and not work.reprieved:
+            return (replace(work, rung=None, reprieved=True),)
+    return ()

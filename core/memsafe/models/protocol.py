@@ -1,0 +1,43 @@
+"""What an engine may ask of a model: the one seam between threads and whatever computes rows, simulated models included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from memsafe.planning.batch import MicroBatch
+from memsafe.planning.cost import CostKey, CostPrior
+from memsafe.planning.scheduler import Modelled
+
+if TYPE_CHECKING:
+    from memsafe.machine.device import Device
+
+__all__ = ["Runnable"]
+
+
+class Runnable(Modelled, Protocol):
+    """A model on one device. LoadedModel is one; memsafe.testing has a simulated one.
+
+    device: where it is. encoder: texts to token ids. st: what a user may ask about it. path: how it runs, and why.
+    """
+
+    device: Device
+    encoder: Any
+    st: Any
+    path: str
+    weights_bytes: int
+
+    def cost_key(self) -> CostKey: ...
+    def cost_prior(self) -> CostPrior: ...
+
+    def forward(self, batch: MicroBatch, extras: Mapping[str, Any], rung: str | None = None) -> Any:
+        """Rows of `batch`, a tensor or an array of shape (len(batch), ...). rung: of :data:`memsafe.config.FALLBACKS`."""
+        ...
+
+    def redo_in_float32(self, batch: MicroBatch, extras: Mapping[str, Any]) -> Any:
+        """The same rows computed on the CPU in float32."""
+        ...
+
+    def after_fork(self) -> None: ...
+    def drop_host_copy(self) -> None: ...
+    def close(self) -> None: ...
