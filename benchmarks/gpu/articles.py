@@ -139,8 +139,8 @@ def _one_peer(
     """The default on the longest texts; the search for the largest size, a row each; that size on as many texts as there is
     time for, half of them while the neighbour has given its memory back."""
     columns["neighbour"] = columns.pop("neighbour_is")
-    default = work.longest_first(setting.pick(64, 8))
-    yield steps.row(step, lambda: run_peer(setting, peer, default, None), **columns, part="longest texts")
+    default = work.longest_first(setting.pick(DEFAULT, 8))
+    yield steps.row(step, lambda: run_peer(setting, peer, default, None), parts=2, **columns, part="longest texts")
     survived: dict[int, bool] = {}
     rates: list[float] = []
     start = setting.pick(DEFAULT, 4)

@@ -51,13 +51,14 @@ class Setting:
 class Behind:
     """What the proof needs of a model's first device and the front door does not offer.
 
-    executor: has `cost` (predictions in bytes) and `device`. loaded: has `forward`, `flops`, `packed`, `weights_bytes`.
+    loaded: has `forward`, `flops`, `packed`, `weights_bytes`. cost: has `predict` and the bounds, in bytes. device: measures.
     size: tokens per micro-batch that the search settled on, None if it is not done. tried: [tokens, tokens/s] of each size
     that was tried; or "not offered". hold(tokens): from now on every micro-batch takes as many as that, if memory allows.
     """
 
-    executor: Any
     loaded: Any
+    cost: Any
+    device: Any
     size: int | None
     tried: Any
     hold: Callable[[int], None]
@@ -77,7 +78,7 @@ def behind(model: Any) -> Behind:
     # (tokens, seconds) of micro-batches, if the engine keeps them; so far it keeps the best rate of each size only
     points = getattr(executor.cost, "points", None)
     tried = "not offered" if points is None else [[tokens, tokens / seconds] for tokens, seconds in points if seconds]
-    return Behind(executor, engine.model, executor.ramp.target_tokens, tried, hold)
+    return Behind(engine.model, executor.cost, executor.device, executor.ramp.target_tokens, tried, hold)
 
 
 def cap_to(setting: Setting, num_bytes: int) -> Row:

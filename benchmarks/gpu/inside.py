@@ -122,7 +122,7 @@ def measure_shapes(model: Any, count: int, most_tokens: int, seed: int) -> Itera
     from memsafe.engine.sinks import to_host
 
     found = behind(model)
-    cost, device, loaded, pick = found.executor.cost, found.executor.device, found.loaded, random.Random(seed)
+    cost, device, loaded, pick = found.cost, found.device, found.loaded, random.Random(seed)
     longest = min(model.max_length or 512, most_tokens)
     for _ in range(count):
         goal, lengths = int(64 * (most_tokens / 64) ** pick.random()), []
@@ -152,7 +152,7 @@ def greedy(model: Any, tokens: int = 1 << 22) -> None:
 
 def scaled(model: Any, factor: float) -> None:
     """The cost model says `factor` of what it would say, whatever it learns."""
-    cost = behind(model).executor.cost
+    cost = behind(model).cost
     for name in ("predict", "upper_bound", "resident_bound"):
         setattr(cost, name, _times(getattr(cost, name), factor))
     cost.token_ceiling = _times(cost.token_ceiling, 1 / factor)
@@ -179,4 +179,4 @@ def bound_of(model: Any, lengths: Sequence[int]) -> int:
 
     found = behind(model)
     shape = BatchShape.of(tuple(lengths), packed=found.loaded.packed, multiple=found.loaded.pad_multiple)
-    return int(found.executor.cost.resident_bound(shape))
+    return int(found.cost.resident_bound(shape))

@@ -44,7 +44,7 @@ def readings(setting: Setting) -> Iterator[Row]:
     st, inputs, tokens = _workload(setting)
     embedder = Embedder(st, memory=MemoryPolicy(learn=False))
     report = embedder.run(inputs).report
-    device = behind(embedder).executor.device
+    device = behind(embedder).device
 
     def measure() -> None:
         with device.measure(live=False):

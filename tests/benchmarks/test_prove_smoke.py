@@ -16,7 +16,6 @@ from memsafe.planning.budget import MemoryBudget, MemorySnapshot
 from tests.tiny_models import needs_interface
 
 MiB, GiB = 1 << 20, 1 << 30
-CPU = common.Setting(True, "", float("inf"), "cpu")
 
 
 def on_cpu(seconds: float) -> common.Setting:
@@ -287,12 +286,13 @@ def test_a_limit_leaves_room_beyond_the_weights() -> None:
 
 
 def test_an_error_under_one_limit_does_not_end_the_section(tmp_path: Path) -> None:
-    """A limit under which nothing can run is one error in the row; the runs under the other limits are made."""
+    """A limit that is refused at once, or under which nothing can run, is an error in the row; the other runs are made."""
     setting = common.Setting(True, str(tmp_path), float("inf"), "cpu")
     st = models.load(setting, "bge-m3", "float32")
     work = models.workload("bge-m3", [20, 30, 40, 50], 3)
-    row = prediction._under_limits(setting, st, work, [4096, GiB], 0)
-    assert row["limits"] == 2 and len(row["errors"]) == 1 and "0.00 GiB" in row["errors"][0]
+    row = prediction._under_limits(setting, st, work, [-1, 4096, GiB], 0)
+    assert row["limits"] == 3 and len(row["errors"]) == 2
+    assert "ConfigError" in row["errors"][0] and "out of memory" in row["errors"][1]
     assert row["outcome"].startswith("WRONG") and prove.kept_not(row)
     assert row["micro_batches"] > 0
 
@@ -310,7 +310,7 @@ def test_what_a_search_saw_is_read_if_the_engine_offers_it(tmp_path: Path) -> No
     """(tokens, seconds) points become sizes and rates; an engine that keeps none is "not offered"."""
     setting = common.Setting(True, str(tmp_path), float("inf"), "cpu")
     with Ours(setting, models.load(setting, "bge-m3", "float32"), pairs=False) as ours:
-        cost = common.behind(ours.model).executor.cost
+        cost = common.behind(ours.model).cost
         if not hasattr(cost, "points"):
             assert common.behind(ours.model).tried == "not offered"
         cost.points = [(256, 0.5), (512, 0.5)]
