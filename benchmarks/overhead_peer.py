@@ -33,7 +33,8 @@ class Overhead(Peer):
 
         self.embedder = Embedder(model, device="cpu", hooks=[count])
         self.engine = self.embedder._engine
-        self.executor = self.engine.executors[0]
+        self.runner = self.engine.runners[0]
+        self.sizing = self.runner.tenant.sizing
 
     def measure(self, texts: str, rounds: int) -> dict[str, Any]:
         """Both ways in turn, `rounds` times, and the machinery's own share of the processor time by adding up its calls."""
@@ -41,7 +42,7 @@ class Overhead(Peer):
             inputs = json.load(file)
         for _ in range(10):  # until nothing is searched any more
             self.embedder.run(inputs)
-            if self.executor.cost.target_tokens is not None and self.executor.cost.lanes is not None:
+            if self.sizing.settled and self.sizing.lane_choice.done:
                 break
         batches, rows, _ = self._engine_run(inputs, record=True)
         bare_rows, _ = self._bare_run(batches, len(inputs))
@@ -57,8 +58,8 @@ class Overhead(Peer):
         return {
             "micro_batches": len(batches),
             "tokens": sum(batch.num_tokens for batch in batches),
-            "lanes": self.executor.lanes[0],
-            "settled": self.executor.cost.target_tokens is not None,
+            "lanes": self.sizing.lanes[0],
+            "settled": self.sizing.settled,
             "engine_s": engine_s,
             "bare_s": bare_s,
             "ratio": stats.ratios(engine_s, bare_s).to_dict(),
@@ -77,21 +78,21 @@ class Overhead(Peer):
         """(micro-batches if recorded, rows, seconds from queueing to the last row)."""
         job, items = self._job(inputs)
         batches: list[Any] = []
-        run = self.executor.run
+        run = self.runner.run
         if record:
 
-            def recording(ticket: Any, *args: Any, **kwargs: Any) -> Any:
-                batches.append(ticket.batch)
-                return run(ticket, *args, **kwargs)
+            def recording(start: Any, *args: Any, **kwargs: Any) -> Any:
+                batches.append(start.ticket.batch)
+                return run(start, *args, **kwargs)
 
-            vars(self.executor)["run"] = recording
+            vars(self.runner)["run"] = recording
         try:
             started = time.perf_counter()
             self.engine.backlog.extend(job, items, None)
             rows = job.result()
             seconds = time.perf_counter() - started
         finally:
-            vars(self.executor).pop("run", None)
+            vars(self.runner).pop("run", None)
         return batches, rows, seconds
 
     def _bare_run(self, batches: list[Any], count: int) -> tuple[Any, float]:
@@ -101,7 +102,7 @@ class Overhead(Peer):
         from memsafe.engine.sinks import to_host
 
         model = self.engine.model
-        lanes, threads = self.executor.lanes
+        lanes, threads = self.sizing.lanes
         out = np.empty((count, self.embedder.dimension), dtype=np.float32)
         todo = iter(batches)
         lock = threading.Lock()
@@ -126,7 +127,8 @@ class Overhead(Peer):
 
     def _shares(self, inputs: list[str], rounds: int) -> dict[str, Any]:
         """Processor time of the calls that a bare run does not make, over the process's, summed over `rounds` runs."""
-        from memsafe.engine.lanes import Dispatcher, dispatcher_of
+        from memsafe.engine import runner
+        from memsafe.engine.lanes import lanes_of
 
         spent: Counter[str] = Counter()
         calls: Counter[str] = Counter()
@@ -143,14 +145,15 @@ class Overhead(Peer):
 
             return wrapper
 
-        dispatcher: Dispatcher = dispatcher_of(self.executor.device)
+        lanes = lanes_of(self.runner.device)
         places: list[tuple[Any, str, str]] = [
-            (dispatcher, "_grant", "choose and admit"),
-            (self.executor.device, "snapshot", "of which: read memory"),
-            (self.executor, "_learn", "learn"),
-            (self.executor, "_deliver", "deliver rows and events"),
-            (dispatcher, "_done", "finish"),
+            (lanes, "choose", "choose and admit"),
+            (self.runner.device, "snapshot", "of which: read memory"),
+            (lanes.scheduler, "ran", "learn"),
+            (runner, "deliver", "deliver rows and events"),
+            (lanes.scheduler, "done", "finish"),
         ]
+        before = [vars(owner).get(attribute) for owner, attribute, _ in places]
         for owner, attribute, name in places:
             setattr(owner, attribute, timed(name, getattr(owner, attribute)))
         try:
@@ -162,8 +165,11 @@ class Overhead(Peer):
                 job.result()
                 total += time.process_time() - started
         finally:
-            for owner, attribute, _ in places:
-                delattr(owner, attribute)
+            for (owner, attribute, _), was in zip(places, before, strict=True):
+                if was is None:
+                    delattr(owner, attribute)
+                else:
+                    setattr(owner, attribute, was)
         top = [name for _, _, name in places if not name.startswith("of which")]
         return {
             "share": sum(spent[name] for name in top) / 1e9 / total,

@@ -50,8 +50,7 @@ class Prediction(Peer):
             inputs = json.load(file)
         report = self.embedder.run(inputs).report
         engine = self.embedder._engine
-        executor = engine.executors[0]
-        cost, device, loaded = executor.cost, executor.device, engine.model
+        cost, device, loaded = engine.runners[0].tenant.ledger.cost, engine.model.device, engine.model
         pick, rows = random.Random(seed), []
         longest = min(self.embedder.max_length or 512, most_tokens)
         vocabulary = 30000

@@ -301,7 +301,9 @@ class _Simulation:
 
     def snapshot(self) -> MemorySnapshot:
         total = int(self.curve.free_bytes)
-        return MemorySnapshot(max(total - self.neighbour_bytes - self.allocated, 0), total, self.allocated, self.allocated)
+        return MemorySnapshot(
+            max(total - self.neighbour_bytes - self.allocated, 0), total, self.allocated, self.allocated
+        )
 
     def seen(self) -> Seen:
         return Seen(self.snapshot(), self.allocated)

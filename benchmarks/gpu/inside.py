@@ -1,4 +1,4 @@
-"""The only place of the proof that reaches behind the front door: forced kernels, predictions before the fact, wrong ones.
+"""What the proof does behind the front door, by way of `common.behind`: forced kernels, predictions before the fact, wrong ones.
 
 It fails loudly where a name has gone; nothing here is needed to use memsafe.
 """
@@ -8,15 +8,26 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["forced", "greedy", "knee", "measure_shapes", "scaled", "t4_kernels"]
+from benchmarks.gpu.common import behind
+
+__all__ = ["bound_of", "forced", "greedy", "measure_shapes", "micro_batch", "refused_by_cards", "scaled", "t4_kernels"]
 
 KERNELS = ("varlen", "memory-efficient", "flash", "cudnn", "math", "grouped memory-efficient")
 """The first two take sequence starts; the others are sdpa's, one call per run of equal lengths."""
+
+
+def refused_by_cards(kernel: str, dtype: str, capability: tuple[int, int]) -> bool:
+    """Whether torch has no such kernel for the dtype on a card of that capability, so that it must refuse.
+
+    sdpa's flash and cuDNN kernels take half precision only, and cards from sm80 on (torch's `sdp_utils.cpp`,
+    check_flash_attention_hardware_support, check_cudnn_hardware_support and their lists of dtypes).
+    """
+    return kernel in ("flash", "cudnn") and (dtype == "float32" or capability < (8, 0))
 
 
 @contextlib.contextmanager
@@ -94,25 +105,30 @@ def t4_kernels(dry: bool) -> Iterator[None]:
         vars(kernels)["_capability"] = saved
 
 
-def measure_shapes(embedder: Any, count: int, most_tokens: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Random micro-batches: the prediction before, the peak after; nothing is learnt from them."""
-    from memsafe.engine.sinks import to_host
+def micro_batch(loaded: Any, lengths: Sequence[int], pick: random.Random) -> Any:
+    """A micro-batch of random token ids, sequences of `lengths`, as `loaded` runs it."""
     from memsafe.planning.batch import MicroBatch, TokenizedInput
 
-    engine = embedder._engine
-    executor, loaded = engine.executors[0], engine.model
-    cost, device, pick = executor.cost, executor.device, random.Random(seed)
-    longest = min(embedder.max_length or 512, most_tokens)
     types = "token_type_ids" in loaded.encoder.feature_names
+    items = []
+    for index, length in enumerate(sorted(lengths, reverse=True)):
+        ids = np.asarray([pick.randrange(1000, 5000) for _ in range(length)], dtype=np.int32)
+        items.append(TokenizedInput(index, ids, np.zeros(length, dtype=np.int32) if types else None))
+    return MicroBatch(tuple(items), loaded.packed)
+
+
+def measure_shapes(model: Any, count: int, most_tokens: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Random micro-batches: the prediction before, the peak after; nothing is learnt from them."""
+    from memsafe.engine.sinks import to_host
+
+    found = behind(model)
+    cost, device, loaded, pick = found.cost, found.device, found.loaded, random.Random(seed)
+    longest = min(model.max_length or 512, most_tokens)
     for _ in range(count):
         goal, lengths = int(64 * (most_tokens / 64) ** pick.random()), []
         while sum(lengths) < goal:
             lengths.append(min(int(8 * pick.paretovariate(0.9)), longest, max(goal - sum(lengths), 8)))
-        items = []
-        for index, length in enumerate(sorted(lengths, reverse=True)):
-            ids = np.asarray([pick.randrange(1000, 5000) for _ in range(length)], dtype=np.int32)
-            items.append(TokenizedInput(index, ids, np.zeros(length, dtype=np.int32) if types else None))
-        batch = MicroBatch(tuple(items), loaded.packed)
+        batch = micro_batch(loaded, lengths, pick)
         shape = batch.shape
         before = {"predicted_bytes": cost.predict(shape), "upper_bytes": cost.upper_bound(shape)}
         with device.measure(live=True) as peak:
@@ -129,43 +145,38 @@ def measure_shapes(embedder: Any, count: int, most_tokens: int, seed: int) -> It
         }
 
 
-def greedy(embedder: Any, tokens: int = 1 << 22) -> None:
+def greedy(model: Any, tokens: int = 1 << 22) -> None:
     """No knee: every micro-batch as large as the budget admits."""
-    from memsafe.planning.ramp import Ramp
-
-    for executor in embedder._engine.executors:
-        executor.ramp = Ramp(0.0, target_tokens=tokens)
+    behind(model).hold(tokens)
 
 
-def scaled(embedder: Any, factor: float) -> None:
+def scaled(model: Any, factor: float) -> None:
     """The cost model says `factor` of what it would say, whatever it learns."""
-    for executor in embedder._engine.executors:
-        cost = executor.cost
-        for name in ("predict", "upper_bound", "resident_bound"):
-            setattr(cost, name, _times(getattr(cost, name), factor))
-        cost.token_ceiling = _times(cost.token_ceiling, 1 / factor)
-        cost.max_tokens_for = _times(cost.max_tokens_for, 1 / factor)
+    cost = behind(model).cost
+    for name in ("predict", "upper_bound", "resident_bound"):
+        setattr(cost, name, _times(getattr(cost, name), factor))
+    cost.token_ceiling = _times(cost.token_ceiling, 1 / factor)
+    cost.max_tokens_for = _times(cost.max_tokens_for, 1 / factor)
 
 
 def _times(function: Any, factor: float) -> Any:
     return lambda *args, **kwargs: int(function(*args, **kwargs) * factor) + 1
 
 
-def knee(embedder: Any) -> dict[str, Any]:
-    """What the ramp settled on."""
-    ramp = embedder._engine.executors[0].ramp
-    return {"target_tokens": ramp.target_tokens, "at_knee": ramp.at_knee, "rates": dict(ramp._rates)}
-
-
-def device_of(embedder: Any) -> Any:
-    return embedder._engine.executors[0].device
-
-
-def flops_of(embedder: Any, lengths: list[int]) -> float:
+def flops_of(model: Any, lengths: Sequence[int]) -> float:
     from memsafe.planning.batch import BatchShape
 
-    return float(embedder._engine.model.flops(BatchShape.of(tuple(lengths), packed=True)))
+    return float(behind(model).loaded.flops(BatchShape.of(tuple(lengths), packed=True)))
 
 
-def weights_bytes(embedder: Any) -> int:
-    return int(embedder._engine.model.weights_bytes)
+def weights_bytes(model: Any) -> int:
+    return int(behind(model).loaded.weights_bytes)
+
+
+def bound_of(model: Any, lengths: Sequence[int]) -> int:
+    """The bytes for which a micro-batch of `lengths` is admitted."""
+    from memsafe.planning.batch import BatchShape
+
+    found = behind(model)
+    shape = BatchShape.of(tuple(lengths), packed=found.loaded.packed, multiple=found.loaded.pad_multiple)
+    return int(found.cost.resident_bound(shape))

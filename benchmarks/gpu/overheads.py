@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.gpu import inside
-from benchmarks.gpu.common import Row, Setting, free_memory, isolated, lengths, load, reserved, texts, timed
+from benchmarks.gpu.common import Row, Setting, behind, free_memory, reserved, timed
+from benchmarks.gpu.models import lengths, load, texts
+from benchmarks.gpu.processes import isolated
 
 __all__ = ["run"]
 
@@ -43,7 +44,7 @@ def readings(setting: Setting) -> Iterator[Row]:
     st, inputs, tokens = _workload(setting)
     embedder = Embedder(st, memory=MemoryPolicy(learn=False))
     report = embedder.run(inputs).report
-    device = inside.device_of(embedder)
+    device = behind(embedder).device
 
     def measure() -> None:
         with device.measure(live=False):

@@ -14,13 +14,11 @@ from benchmarks.gpu.common import (
     attempt,
     cap_to,
     free_memory,
-    isolated,
-    lengths,
-    load,
     reserved,
-    texts,
 )
+from benchmarks.gpu.models import lengths, load, texts
 from benchmarks.gpu.neighbour import Neighbour
+from benchmarks.gpu.processes import isolated
 
 __all__ = ["run"]
 
@@ -37,7 +35,8 @@ def run(setting: Setting) -> Iterator[Row]:
         conf = f"expandable_segments:{expandable}"
         env = {"PYTORCH_CUDA_ALLOC_CONF": conf, "PYTORCH_ALLOC_CONF": conf}
         for trouble in setting.pick(TROUBLES, ("none", "wrong predictions") if expandable == "True" else ()):
-            yield from isolated(setting, "recovery:case", env, trouble=trouble, expandable=expandable)
+            plan = [{"what": trouble, "expandable_segments": expandable}]
+            yield from isolated(setting, "recovery:case", env, plan, trouble=trouble, expandable=expandable)
 
 
 def case(setting: Setting, trouble: str, expandable: str) -> Iterator[Row]:
