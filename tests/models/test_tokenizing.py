@@ -355,6 +355,49 @@ def test_foreign_code_is_called_not_imitated(minilm: str) -> None:
     assert a.input_ids is not None and b.input_ids is not None and a.input_ids.tolist() == b.input_ids.tolist()
 
 
+def as_foreign(model: Any) -> None:
+    """Make the tokenizer one of somebody's own, which is called and not imitated."""
+
+    class Own(type(model.tokenizer)):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs)
+
+    model.tokenizer.__class__ = Own
+
+
+def giants(num_chars: int) -> list[str]:
+    units = ("words of a text that never ends ", "\u4f60\u597d\u4e16\u754c\u9019\u662f\u4e00\u500b\u6587\u672c", "!?")
+    texts = [(unit * num_chars)[:num_chars] for unit in units]
+    return [*texts, "the" + " " * num_chars + "end", "the " + "x" * num_chars]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("mode", ["fast", "features"])
+def test_giant_pairs_are_those_of_the_uncut_texts(demo_reranker: str, mode: str, side: str) -> None:
+    """Both sides cut: the very ids that the model's own preprocessing gives (which needs gigabytes for longer ones)."""
+    model = CrossEncoder(demo_reranker, device="cpu", max_length=100)
+    model.tokenizer.truncation_side = side
+    if mode == "features":
+        as_foreign(model)
+    encoder = InputEncoder(model, pairs=True)
+    assert encoder.mode == mode
+    texts = [*giants(6_000), "short"]
+    pairs = [(a, b) for a in texts for b in texts]
+    check_ids(model, encoder, pairs)
+    assert encoder.way().num_bytes(10**7) == encoder.way().num_bytes(10**6) < 10**7
+
+
+def test_giant_texts_are_cut_before_the_forward_sees_them(routed: SentenceTransformer) -> None:
+    """Where the raw text goes to the forward, it is cut too, and rows are those of the whole text."""
+    routed[0].default_route = "document"
+    encoder = InputEncoder(routed, pairs=False)
+    texts = giants(100_000)
+    for encoded in encoder.encode(texts, None, {"task": "query"}):
+        assert encoded.input_ids is None and len(encoded.raw) < 20_000
+    with Embedder(routed, device="cpu") as ours:
+        near(ours.embed_queries(texts), alone(routed, texts, task="query"))
+
+
 # what users hand in
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from memsafe.models.words import Words
 
-__all__ = ["BYTES_PER_CHAR", "ContentTokenizer", "cut"]
+__all__ = ["BYTES_PER_CHAR", "ContentTokenizer", "Cutter"]
 
 BYTES_PER_CHAR = 400
 """What tokenising takes meanwhile, at most: 95 were measured for English and BERT's tokenizer, 375 for Chinese, where each
@@ -21,11 +21,15 @@ character is a token."""
 _CHARS_PER_TOKEN = 8
 """Characters that are looked at first for each token that is needed; English has four to five."""
 _FIRST_CHARS = 1024
+_INT = 4  # bytes of an id
 _LONG_RUN = 4096
 """Runs of one kind of character may be shortened to this many where the tokenizer is seen not to care."""
 _RUNS = {r"\s": " \n\t\r\u00a0\u3000", r"[A-Za-z0-9]": "a1B2z9"}
 """What a run consists of -> a probe of that kind."""
-_REPEATED = re.compile(f"(.)\\1{{{_LONG_RUN},}}", re.DOTALL)
+_REPEATED = re.compile(f"(.)\\1{{{_LONG_RUN - 1}}}", re.DOTALL)
+
+_SHIFTS = (1, 3)
+"""A cut is sure if these many characters less give the same tokens: what depends on where a text ends shows then."""
 
 Encode = Callable[[Sequence[str]], list[bytes]]
 
@@ -41,16 +45,16 @@ class ContentTokenizer:
         self._same: dict[str, bool] = {}
 
     def ids(self, texts: Sequence[str], need: int | None = None, left: bool = False) -> list[bytes]:
-        """Ids of each text's tokens, four bytes each: all of them, or at least the first `need` (the last, if `left`).
-
-        Those are the ones that the whole text would have: see :func:`cut`.
-        """
+        """Ids of each text's tokens, four bytes each: all of them, or at least the first `need` (the last, if `left`) and
+        more than that if there are more. Those are the ones that the whole text has: see :class:`Cutter`."""
         encode = self._words.ids if self._words is not None else self._encode
-        return [ids for _, ids in cut(texts, need, left, encode, self.squeezed)]
+        if need is None:
+            return encode(texts)
+        return [ids for _, ids in self._cutter(encode).cut(texts, need, left)]
 
-    def pieces(self, texts: Sequence[str], need: int | None, left: bool) -> list[str]:
-        """Each text, cut where at least `need` of its tokens are kept."""
-        return [piece for piece, _ in cut(texts, need, left, self._encode, self.squeezed, measure_short=False)]
+    def pieces(self, texts: Sequence[str], need: int, left: bool) -> list[str]:
+        """Each text, cut where more than `need` of its tokens are kept."""
+        return [piece for piece, _ in self._cutter(self._encode).cut(texts, need, left, encode_short=False)]
 
     def whole(self, *parts: str) -> Any:
         """The tokenizer's own encoding of a text or a pair, special tokens included."""
@@ -62,7 +66,16 @@ class ContentTokenizer:
         for unit, probe in _RUNS.items():
             if self._is_same(probe):
                 text = re.sub(f"{unit}{{{_LONG_RUN},}}", lambda found: found.group()[:_LONG_RUN], text)
-        return _REPEATED.sub(lambda found: found.group()[: _LONG_RUN if self._is_same(found.group(1)) else None], text)
+        kept, at = [], 0
+        while repeated := _REPEATED.search(text, at):
+            other = re.compile(f"[^{re.escape(repeated.group(1))}]", re.DOTALL).search(text, repeated.end())
+            end = other.start() if other else len(text)
+            kept.append(text[at : repeated.end() if self._is_same(repeated.group(1)) else end])
+            at = end
+        return "".join([*kept, text[at:]])
+
+    def _cutter(self, encode: Encode) -> Cutter:
+        return Cutter(encode, self.squeezed, words_apart=self._words is not None)
 
     def _is_same(self, probe: str) -> bool:
         """Whether runs of `probe` twice as long as :data:`_LONG_RUN` give the same tokens, alone and inside a word."""
@@ -79,54 +92,73 @@ class ContentTokenizer:
         return [array("i", encoding.ids).tobytes() for encoding in encodings]
 
 
-def cut(
-    texts: Sequence[str],
-    need: int | None,
-    left: bool,
-    encode: Encode,
-    squeezed: Callable[[str], str] = lambda text: text,
-    *,
-    measure_short: bool = True,
-) -> list[tuple[str, bytes]]:
-    """(as much of it as matters, its ids) for each text. need: tokens; None for all. left: the last ones are needed.
+class Cutter:
+    """Cuts texts before they are tokenised, so that the tokens that are kept are those of the whole text.
 
-    A text is cut before it is tokenised, next to white space where there is some, and a cut counts only if what is kept
-    overflows `need` by itself, and by a quarter and 64 tokens more: what a cut can change are the tokens beside it
-    (the word it divides, merges with what follows), and those lie in what is dropped. A text that does not overflow
-    is looked at in fourfold pieces until it does. measure_short: whether to tokenise texts that need no cut.
+    A cut counts only if what is left overflows by itself what is needed, by a quarter and 64 tokens more, and
+    if it does not matter where it is: next to white space, for a tokenizer that treats words apart; else the same
+    tokens must come of a text some characters shorter. (What a cut can change are the tokens beside it, which lie in what
+    is dropped; but in a run without a space, how it is divided may depend on how long it is.) A text for which it
+    matters, or that does not overflow, is looked at in fourfold pieces, up to the whole.
+
+    squeezed: shortens a text that is mostly a run of which nothing comes.
     """
-    done: list[tuple[str, bytes]] = [("", b"")] * len(texts)
-    limit = None if need is None else max(_CHARS_PER_TOKEN * need, _FIRST_CHARS)
-    enough = 0 if need is None else 4 * (need + need // 4 + 64)
-    todo, first = list(range(len(texts))), True
-    rest = dict(enumerate(texts))
-    while todo:
-        pieces = [_piece(rest[i], limit, left) for i in todo]
-        whole = [len(piece) == len(rest[i]) for i, piece in zip(todo, pieces, strict=True)]
-        wanted = [piece for piece, entire in zip(pieces, whole, strict=True) if measure_short or not entire]
-        encoded = iter(encode(wanted) if wanted else [])
-        again = []
-        for i, piece, entire in zip(todo, pieces, whole, strict=True):
-            ids = next(encoded) if measure_short or not entire else b""
-            if entire or len(ids) >= enough:
-                done[i] = (piece, ids)
-            else:
-                again.append(i)
-        if first and again:
-            for i in again:
-                rest[i] = squeezed(rest[i])
-        todo, first = again, False
-        limit = None if limit is None else 4 * limit
-    return done
+
+    def __init__(self, encode: Encode, squeezed: Callable[[str], str] = str, *, words_apart: bool = False) -> None:
+        self._encode = encode
+        self._squeezed = squeezed
+        self._words_apart = words_apart
+
+    def cut(self, texts: Sequence[str], need: int, left: bool, *, encode_short: bool = True) -> list[tuple[str, bytes]]:
+        """(as much of it as matters, its ids) for each text. need: tokens; left: the last ones are needed. encode_short:
+        whether ids of texts that need no cut are wanted too."""
+        usual = max(_CHARS_PER_TOKEN * need, _FIRST_CHARS)
+        enough = _INT * (need + need // 4 + 64)
+        done: list[tuple[str, bytes]] = [(text, b"") for text in texts]
+        rest = dict(enumerate(texts))
+        limit, longest = usual, usual + usual // 4
+        if (
+            not encode_short
+        ):  # what is kept is tokenised again by others, with all that hangs over: as little as will do
+            limit = 2 * need + 128
+            rest = {i: text for i, text in rest.items() if len(text) > longest}
+        elif not self._words_apart:
+            longest = 4 * usual  # up to here it would cost as much to see that a cut does not matter
+        squeezed = False
+        while rest:
+            tries = {i: self._pieces(text, limit, longest, left) for i, text in rest.items()}
+            encoded = iter(self._encode([piece for pieces in tries.values() for piece in pieces]))
+            for i, (piece, *shorter) in tries.items():
+                ids, *others = (next(encoded) for _ in range(1 + len(shorter)))
+                sure = all(_wanted(ids, need, left) == _wanted(other, need, left) for other in others)
+                if len(piece) == len(rest[i]) or (sure and len(ids) >= enough):
+                    done[i] = piece, ids
+                    del rest[i]
+                elif limit >= usual and not squeezed:
+                    rest[i] = self._squeezed(rest[i])
+            squeezed = squeezed or limit >= usual
+            limit, longest = 4 * limit, max(longest, 5 * limit)
+        return done
+
+    def _pieces(self, text: str, limit: int, longest: int, left: bool) -> list[str]:
+        """The piece of `text` to try, and those that must give the same; a text of up to `longest` characters is not cut."""
+        if len(text) <= longest:
+            return [text]
+        piece, at_space = _piece(text, limit, left)
+        if at_space and self._words_apart:
+            return [piece]
+        return [piece, *(piece[shift:] if left else piece[: len(piece) - shift] for shift in _SHIFTS)]
 
 
-def _piece(text: str, limit: int | None, left: bool) -> str:
-    """`text`, or its first (last) `limit` characters or a little less, ending where a word ends."""
-    if limit is None or len(text) <= limit + limit // 4:
-        return text
+def _wanted(ids: bytes, need: int, left: bool) -> bytes:
+    return ids[max(len(ids) - _INT * need, 0) :] if left else ids[: _INT * need]
+
+
+def _piece(text: str, limit: int, left: bool) -> tuple[str, bool]:
+    """The first (last) `limit` characters of `text`, or a little less so that it ends (begins) where a word does."""
     if left:
         start = len(text) - limit
-        space = min((at for at in (text.find(" ", start), text.find("\n", start)) if at >= 0), default=-1)
-        return text[space if 0 <= space < start + limit // 2 else start :]
-    space = max(text.rfind(" ", limit // 2, limit), text.rfind("\n", limit // 2, limit))
-    return text[: space if space > 0 else limit]
+        space = text.find(" ", start, start + limit // 2)
+        return (text[space:], True) if space >= 0 else (text[start:], False)
+    space = text.rfind(" ", limit // 2, limit)
+    return (text[:space], True) if space >= 0 else (text[:limit], False)

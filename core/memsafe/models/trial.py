@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from memsafe.models import sbert
-from memsafe.models.content import ContentTokenizer, cut
+from memsafe.models.content import ContentTokenizer, Cutter
 from memsafe.models.features import FeatureRows
 from memsafe.models.samples import long_samples, pairs_about, samples
 from memsafe.models.ways import Fast, Limits, Template, Text
@@ -75,7 +75,7 @@ class Trial:
         """Note what the model makes of `sample`; returns its number of tokens, None if it makes nothing of it."""
         try:
             features = preprocess([sample])
-            width = int(features["input_ids"].shape[-1])
+            _, width = features["input_ids"].shape
         except Exception:  # its own reasons: a query that may not be cut; or no ids at all
             return None
         rows = FeatureRows.of(features)
@@ -83,7 +83,7 @@ class Trial:
             self.readable = False
         else:
             self._long.append((sample, rows))
-        return width
+        return int(width)
 
     def candidates(self, expected: FeatureRows, prompt: str) -> Iterator[Fast]:
         """Fast ways that may be equal, the likeliest first."""
@@ -115,7 +115,7 @@ class Trial:
         if self._any_core is not None:
             pieces = self._any_core.pieces(flat, need, self.limits.left)
         else:
-            pieces = [piece for piece, _ in cut(flat, need, self.limits.left, encode, measure_short=False)]
+            pieces = [piece for piece, _ in Cutter(encode).cut(flat, need, self.limits.left, encode_short=False)]
         if not self._pairs:
             return pieces
         return list(zip(pieces[::2], pieces[1::2], strict=True))

@@ -74,8 +74,8 @@ class Way:
         raise NotImplementedError
 
     def num_bytes(self, chars: int) -> int:
-        """What encoding an input of so many characters takes meanwhile, at most: a long text costs what a longer one does."""
-        return BYTES_PER_CHAR * (chars if self.max_length is None else min(chars, 64 * self.max_length + 50_000))
+        """What encoding an input of so many characters takes meanwhile: beyond what the model reads, more cost nothing."""
+        return BYTES_PER_CHAR * (chars if self.max_length is None else min(chars, 100 * self.max_length + 10_000))
 
 
 class Template:
