@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
+import threading
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from memsafe import inputs
@@ -18,15 +21,18 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from memsafe.engine.engine import Engine
+    from memsafe.models.ways import Way
 
-__all__ = ["Model", "Options"]
+__all__ = ["Model", "Options", "in_thread"]
+
+_Result = TypeVar("_Result")
 
 _Self = TypeVar("_Self", bound="Model")  # typing.Self came with Python 3.11
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of one call that embedding and reranking share."""
+    """Options of one call that embedding and reranking share. model: the model's own, passed on to its modules."""
 
     kind: str | None = None
     prompt: str | None = None
@@ -35,21 +41,31 @@ class Options:
     max_rows: int | None = None
     show_progress: bool | None = None
     progress: Callable[[int], None] | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, options: dict[str, Any]) -> Options:
-        names = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in names:
-                raise ConfigError(f"unknown option {name!r}; choose from {', '.join(names)}")
+    def of(cls, options: dict[str, Any], taken_by_model: Callable[[], set[str]] = set) -> Options:
+        """`options` of a call, checked. taken_by_model: names of options beside ours, asked for only where there are such."""
+        names = [each.name for each in fields(cls) if each.name != "model"]
+        own = {name: value for name, value in options.items() if name in names}
+        rest = {name: value for name, value in options.items() if name not in names}
+        if rest:
+            known = taken_by_model()
+            for name in rest:
+                if name not in known:
+                    choice = ", ".join([*names, *sorted(known)])
+                    raise ConfigError(f"unknown option {name!r}; choose from {choice}")
+        options = own
         if options.get("kind") not in (None, "query", "document"):
             raise ConfigError(f"kind: got {options['kind']!r}; choose 'query', 'document' or None")
         if options.get("urgent") not in (None, True, False):
             raise ConfigError(f"urgent: got {options['urgent']!r}; give True, False or None")
         for name in ("prompt", "prompt_name"):
-            if options.get(name) is not None and not isinstance(options[name], str):
-                raise ConfigError(f"{name}: got a {type(options[name]).__name__}; give a str or None")
-        return cls(**options)
+            if options.get(name) is not None:
+                if not isinstance(options[name], str):
+                    raise ConfigError(f"{name}: got a {type(options[name]).__name__}; give a str or None")
+                options[name] = str.__str__(options[name])
+        return cls(**options, model={name: value for name, value in rest.items() if value is not None})
 
 
 class Model:
@@ -133,13 +149,13 @@ class Model:
         finish: what makes results of the model's rows; used for those of an error, which has some of them.
         """
         distinct = inputs.Distinct(values)
-        prompt = self._prompt(options)
+        way = self._way(options)
         engine = self._engine
         show = bool(options.show_progress)
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
-            job = self._start(distinct, prompt, options, progress)
+            job = self._start(distinct, way, options, progress)
             try:
-                engine.feed(job, distinct.values, prompt)
+                engine.feed(job, distinct.values, way)
                 rows, report = engine.finish(job, num_texts=len(values))
             except InputTooLargeError as error:
                 _spread(error, distinct, finish)
@@ -153,15 +169,15 @@ class Model:
         self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any]
     ) -> tuple[Any, RunReport]:
         distinct = inputs.Distinct(values)
-        prompt = self._prompt(options)
         engine = self._engine
         show = bool(options.show_progress)
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
-            job = self._start(distinct, prompt, options, progress)
+            way = await in_thread(self._way, options)
+            job = self._start(distinct, way, options, progress)
             try:
-                await asyncio.to_thread(engine.feed, job, distinct.values, prompt)
+                await in_thread(engine.feed, job, distinct.values, way)
                 await asyncio.wrap_future(job.future)
-                rows, report = await asyncio.to_thread(engine.finish, job, num_texts=len(values))
+                rows, report = await in_thread(engine.finish, job, num_texts=len(values))
             except InputTooLargeError as error:
                 _spread(error, distinct, finish)
                 raise
@@ -171,24 +187,54 @@ class Model:
         return distinct.spread(rows), report
 
     def _start(
-        self, distinct: inputs.Distinct, prompt: str | None, options: Options, progress: Callable[[int], None] | None
+        self, distinct: inputs.Distinct, way: Way, options: Options, progress: Callable[[int], None] | None
     ) -> Any:
         return self._engine.start(
             len(distinct.values),
-            prompt=prompt,
+            way=way,
             urgent=options.kind == "query" if options.urgent is None else options.urgent,
             max_rows=options.max_rows,
             progress=progress,
             positions=distinct.positions,
         )
 
-    def _prompt(self, options: Options) -> str | None:
+    def _model_options(self) -> set[str]:
+        """Names of call options that the model's own modules take, such as ``task``."""
+        from memsafe.models import sbert
+
+        return sbert.call_options(self.model)
+
+    def _way(self, options: Options) -> Way:
+        """As ``encode_query`` and ``encode_document`` do, `kind` is the model's ``task`` too, unless one is given."""
         from memsafe.models import sbert
 
         try:
-            return sbert.resolve_prompt(self.model, options.prompt, options.prompt_name, options.kind)
+            prompt = sbert.resolve_prompt(self.model, options.prompt, options.prompt_name, options.kind)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        given = dict(options.model)
+        if options.kind is not None and "task" in self._model_options():
+            given.setdefault("task", options.kind)
+        return self._engine.way(prompt, given)
+
+
+async def in_thread(function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+    """``asyncio.to_thread`` with a thread of its own: those of asyncio's default executor may all be waiting for us."""
+    future: Future[_Result] = Future()
+    context = contextvars.copy_context()
+
+    def work() -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = context.run(function, *args, **kwargs)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=work, name="memsafe-call", daemon=True).start()
+    return await asyncio.wrap_future(future)
 
 
 def _spread(error: InputTooLargeError, distinct: inputs.Distinct, finish: Callable[[Any], Any]) -> None:

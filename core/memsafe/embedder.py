@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memsafe import inputs
-from memsafe.calls import Model, Options
+from memsafe.calls import Model, Options, in_thread
 from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError
 from memsafe.events import EventHook, RunReport
@@ -122,7 +121,7 @@ class Embedder(Model):
         call = self._call(options)
         texts = inputs.check_texts(texts)
         rows, report = await self._arun(texts, call.options, call.scaled)
-        return await asyncio.to_thread(call.finish, rows, report)
+        return await in_thread(call.finish, rows, report)
 
     @property
     def dimension(self) -> int:
@@ -152,7 +151,7 @@ class Embedder(Model):
         options.setdefault("show_progress", None)
         if options["show_progress"] is None:
             options["show_progress"] = self._show_progress
-        return _Call(self, Options.of(options), normalize, truncate_dim, precision)
+        return _Call(self, Options.of(options, self._model_options), normalize, truncate_dim, precision)
 
 
 @dataclass(frozen=True)

@@ -16,39 +16,35 @@ __all__ = ["Distinct", "check_pairs", "check_query", "check_texts", "devices", "
 
 
 def check_texts(texts: Any, *, name: str = "texts") -> list[str]:
-    """`texts` as a list of str. Raises :class:`InputError` for a bare string, for what is no sequence, for a non-string."""
-    if isinstance(texts, (str, bytes)):
-        raise InputError(
-            f"{name}: got a bare {type(texts).__name__} where a list of str is due; write [text]", index=None
-        )
-    if isinstance(texts, np.ndarray):
-        texts = texts.tolist()
-    if isinstance(texts, Mapping) or not hasattr(texts, "__iter__"):
-        raise InputError(f"{name}: got a {type(texts).__name__} where a list of str is due", index=None)
-    checked: list[str] = list(texts)
+    """`texts` as a list of str: a subclass counts by its own value, whatever its ``__str__`` says.
+
+    Raises :class:`InputError` for a bare string, for what is no sequence, for a table, for a non-string.
+    """
+    checked = _listed(texts, name, "str")
     for index, text in enumerate(checked):
-        if not isinstance(text, str):
-            raise InputError(
-                f"{name}: input {index} is a {type(text).__name__}, not a str; convert it, or leave it out", index=index
-            )
+        if type(text) is not str:
+            if not isinstance(text, str):
+                raise InputError(
+                    f"{name}: input {index} is a {type(text).__name__}, not a str; convert it, or leave it out",
+                    index=index,
+                )
+            checked[index] = str.__str__(text)
     return checked
 
 
 def check_query(query: Any) -> str:
     if not isinstance(query, str):
         raise InputError(f"query: got a {type(query).__name__}; give one str", index=None)
-    return query
+    return str.__str__(query)
 
 
 def check_pairs(pairs: Any) -> list[tuple[str, str]]:
     """`pairs` as a list of (query, document) tuples; anything else raises :class:`InputError`."""
-    if isinstance(pairs, (str, bytes, Mapping)) or not hasattr(pairs, "__iter__"):
-        raise InputError(
-            f"pairs: got a {type(pairs).__name__} where a list of (query, document) pairs is due", index=None
-        )
     checked = []
-    for index, pair in enumerate(pairs):
-        if isinstance(pair, (str, bytes)) or not isinstance(pair, (tuple, list)) or len(pair) != 2:
+    for index, pair in enumerate(_listed(pairs, "pairs", "(query, document) pairs")):
+        if isinstance(pair, np.ndarray):
+            pair = pair.tolist()
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             what = f"{len(pair)} items" if isinstance(pair, (tuple, list)) else f"a {type(pair).__name__}"
             raise InputError(f"pairs: input {index} is {what}; give (query, document)", index=index)
         for part, text in zip(("query", "document"), pair, strict=True):
@@ -56,8 +52,27 @@ def check_pairs(pairs: Any) -> list[tuple[str, str]]:
                 raise InputError(
                     f"pairs: the {part} of input {index} is a {type(text).__name__}, not a str", index=index
                 )
-        checked.append((pair[0], pair[1]))
+        checked.append((str.__str__(pair[0]), str.__str__(pair[1])))
     return checked
+
+
+def _listed(values: Any, name: str, due: str) -> list[Any]:
+    """`values` as a new list. A table is refused: iterating over it gives the names of its columns."""
+    if isinstance(values, np.ndarray):
+        values = values.tolist()  # of an array without dimensions: what is in it
+    if isinstance(values, (str, bytes)):
+        remedy = "; write [text]" if due == "str" else ""
+        raise InputError(f"{name}: got a bare {type(values).__name__} where a list of {due} is due{remedy}", index=None)
+    if hasattr(values, "columns"):
+        remedy = (
+            'one column, such as df["text"]' if due == "str" else 'its values, such as df[["query", "document"]].values'
+        )
+        raise InputError(
+            f"{name}: got a {type(values).__name__} where a list of {due} is due; give {remedy}", index=None
+        )
+    if isinstance(values, Mapping) or not hasattr(values, "__iter__"):
+        raise InputError(f"{name}: got a {type(values).__name__} where a list of {due} is due", index=None)
+    return list(values)
 
 
 class Distinct:

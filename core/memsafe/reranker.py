@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memsafe import inputs
-from memsafe.calls import Model, Options
+from memsafe.calls import Model, Options, in_thread
 from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError, ModelError
 from memsafe.events import EventHook, RunReport
@@ -146,7 +145,7 @@ class Reranker(Model):
         """:meth:`run` for asyncio."""
         call = self._call(options)
         rows, report = await self._arun(inputs.check_pairs(pairs), call.options, call.scores)
-        return await asyncio.to_thread(call.finish, rows, report)
+        return await in_thread(call.finish, rows, report)
 
     def _check_single_label(self) -> None:
         if self.num_labels != 1:
@@ -159,7 +158,9 @@ class Reranker(Model):
         apply_softmax = options.pop("apply_softmax", False)
         if options.get("show_progress") is None:
             options["show_progress"] = self._show_progress
-        return _Call(self, Options.of(options), activation_fn or self._activation_fn, bool(apply_softmax))
+        return _Call(
+            self, Options.of(options, self._model_options), activation_fn or self._activation_fn, bool(apply_softmax)
+        )
 
 
 @dataclass(frozen=True)

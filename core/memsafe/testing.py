@@ -33,7 +33,7 @@ from memsafe.engine.sinks import Rows
 from memsafe.errors import ConfigError
 from memsafe.events import EventHook
 from memsafe.machine.device import Device, Peak
-from memsafe.models.tokenizing import Encoded
+from memsafe.models.ways import Encoded, Limits, Way
 from memsafe.planning.batch import BatchShape, MicroBatch
 from memsafe.planning.budget import MemorySnapshot
 from memsafe.planning.cost import CostKey, CostPrior
@@ -334,13 +334,24 @@ class _WordEncoder:
     def __init__(self, max_length: int | None) -> None:
         self.max_length = max_length
 
-    def extras(self, prompt: str | None) -> dict[str, Any]:
-        return {}
+    def way(self, prompt: str | None = None, options: Mapping[str, Any] | None = None) -> Way:
+        return _WordWay(prompt or "", Limits(self.max_length))
 
     def encode(self, inputs: Sequence[Any], prompt: str | None = None) -> list[Encoded]:
+        return self.way(prompt).encode(inputs)
+
+
+class _WordWay(Way):
+    mode = "fast"
+
+    def __init__(self, prompt: str, limits: Limits) -> None:
+        super().__init__(limits, extras={}, key=())
+        self._prompt = prompt
+
+    def encode(self, inputs: Sequence[Any]) -> list[Encoded]:
         encoded = []
         for value in inputs:
-            text = (prompt or "") + (value if isinstance(value, str) else " [SEP] ".join(value))
+            text = self._prompt + (value if isinstance(value, str) else " [SEP] ".join(value))
             ids = [101, *(zlib.crc32(word.encode()) % 30_000 for word in text.split()), 102]
             kept = ids[: self.max_length]
             encoded.append(Encoded(np.array(kept, dtype=np.int32), None, len(kept), len(kept) < len(ids)))

@@ -13,6 +13,8 @@ import pytest
 from benchmarks.gpu import common, correctness, inside, launches, models, peers, prediction, processes, prove, targets
 from benchmarks.gpu.ours import Ours, sizes_of
 from memsafe.planning.budget import MemoryBudget, MemorySnapshot
+from memsafe.planning.sizing import Pending
+from memsafe.planning.speed import Sample
 from tests.tiny_models import needs_interface
 
 MiB, GiB = 1 << 20, 1 << 30
@@ -306,15 +308,16 @@ def test_sizes_and_rates_of_micro_batches_are_told() -> None:
     }
 
 
-def test_what_a_search_saw_is_read_if_the_engine_offers_it(tmp_path: Path) -> None:
-    """(tokens, seconds) points become sizes and rates; an engine that keeps none is "not offered"."""
+def test_what_a_search_saw_is_read(tmp_path: Path) -> None:
+    """The points of the engine's speed curve become sizes and rates, and a held size is held."""
     setting = common.Setting(True, str(tmp_path), float("inf"), "cpu")
     with Ours(setting, models.load(setting, "bge-m3", "float32"), pairs=False) as ours:
-        cost = common.behind(ours.model).cost
-        if not hasattr(cost, "points"):
-            assert common.behind(ours.model).tried == "not offered"
-        cost.points = [(256, 0.5), (512, 0.5)]
+        sizing = ours.model._engine.runners[0].tenant.sizing
+        for tokens in (256, 512):
+            sizing.observe(Sample(tokens, 0.5))
         assert common.behind(ours.model).tried == [[256, 512.0], [512, 1024.0]]
+        common.behind(ours.model).hold(77)
+        assert sizing.propose(Pending(1000)).tokens == 77
 
 
 def test_a_forward_that_waits_for_the_device_is_named() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from memsafe.engine.admission import CPU_KNEE, FAIRNESS, KNEE, Ticket
+from memsafe.planning.ramp import LaneChoice
 
 from memsafe import Event, InputTooLargeError, MemoryPolicy
 from memsafe.config import FALLBACKS, MiB
-from memsafe.engine.admission import CPU_KNEE, FAIRNESS, KNEE, Ticket
 from memsafe.engine.jobs import BULK, QUERY, Backlog, Job, QueueKey
 from memsafe.engine.lanes import Dispatcher
 from memsafe.engine.runner import Executor
@@ -30,7 +31,6 @@ from memsafe.machine.heap import heap
 from memsafe.planning.batch import BatchShape, MicroBatch, TokenizedInput
 from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostModel
-from memsafe.planning.ramp import LaneChoice
 from memsafe.planning.recovery import GiveUp
 from memsafe.testing import SimulatedDevice, SimulatedModel
 

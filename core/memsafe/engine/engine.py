@@ -10,16 +10,17 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from memsafe.config import MemoryPolicy, cache_dir
 from memsafe.engine import reaper
+from memsafe.engine.feeding import feed
 from memsafe.engine.jobs import Backlog, Job
 from memsafe.engine.lanes import lanes_of, scheduling_lock
 from memsafe.engine.runner import Runner
 from memsafe.engine.sinks import Rows
-from memsafe.errors import BusyError, ClosedError, ConfigError, InputError
+from memsafe.errors import BusyError, ClosedError, ConfigError
 from memsafe.events import Event, EventHook, InputsTruncated, ReportBuilder, RunReport
 from memsafe.machine import allocator
 from memsafe.machine.device import Device, open_device
@@ -27,10 +28,9 @@ from memsafe.machine.heap import heap
 from memsafe.machine.store import CostStore
 from memsafe.models.loading import load
 from memsafe.models.model import LoadedModel, ModelSpec
-from memsafe.planning.batch import TokenizedInput
+from memsafe.models.ways import Way
 from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostKey, CostModel
-from memsafe.planning.order import pieces
 from memsafe.planning.turns import BULK, QUERY, QueueKey
 
 __all__ = ["Engine"]
@@ -132,23 +132,19 @@ class Engine:
         self,
         num_inputs: int,
         *,
-        prompt: str | None,
+        way: Way,
         urgent: bool,
         max_rows: int | None,
         progress: Callable[[int], None] | None = None,
         positions: Sequence[int] | None = None,
     ) -> Job:
-        """Open a job for `num_inputs` distinct inputs, to be given with :meth:`feed`."""
+        """Open a job for `num_inputs` distinct inputs, to be given with :meth:`feed`, encoded in `way`."""
         self._check_usable()
         if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
             raise ConfigError(f"max_rows: got {max_rows!r}; give an int of at least 1, or None for no cap")
-        encoder = self.model.encoder
-        extras = encoder.extras(prompt)
-        if encoder.mode == "opaque":
-            extras = {**extras, "prompt": prompt}
-        features = (prompt if encoder.mode == "opaque" else extras.get("prompt_length"),)
-        key = QueueKey((QUERY if urgent else BULK, max_rows, features))
-        job = Job(num_inputs, key, extras, ReportBuilder(), progress, self._emit if self._hooks else None, positions)
+        key = QueueKey((QUERY if urgent else BULK, max_rows, way.key))
+        emit = self._emit if self._hooks else None
+        job = Job(num_inputs, key, way.extras, ReportBuilder(), progress, emit, positions)
         most = self.policy.max_pending if self.policy.on_full == "raise" else None
         job.started = time.perf_counter()
         job.process_bytes_before = [model.device.process_bytes() for model in self.models]
@@ -160,33 +156,16 @@ class Engine:
             )
         return job
 
-    def feed(self, job: Job, inputs: Sequence[Any], prompt: str | None) -> None:
+    def way(self, prompt: str | None, options: Mapping[str, Any]) -> Way:
+        """How inputs of a call with `prompt` and the model's own `options` are encoded; see `models/tokenizing.py`."""
+        self._check_usable()
+        return self.model.encoder.way(prompt, options)
+
+    def feed(self, job: Job, inputs: Sequence[Any], way: Way) -> None:
         """Tokenise `inputs`, piece by piece, while the devices compute what is tokenised already."""
-        chars = [_chars(value) for value in inputs]
-        truncated = 0
-        encoder = self.model.encoder
-        for chunk in pieces(chars, self._learning):
-            if job.done:
-                break
-            started = time.perf_counter()
-            texts = [inputs[i] for i in chunk]
-            try:
-                encoded = encoder.encode(texts, prompt)
-            except Exception as error:
-                bad = next((i for i in chunk if not _tokenizable(inputs[i])), None)
-                failure = error if bad is None else _not_unicode(job.position(bad))
-                job.fail(failure)
-                break
-            raw = texts if encoder.mode == "opaque" else [None] * len(texts)
-            items = [
-                TokenizedInput(i, e.input_ids, e.token_type_ids, num_tokens=e.num_tokens, job=job, raw=r)
-                for i, e, r in zip(chunk, encoded, raw, strict=True)
-            ]
-            truncated += sum(e.truncated for e in encoded)
-            job.report.add(tokenize_s=time.perf_counter() - started)
-            self.backlog.extend(job, items, self.policy.max_pending)
+        truncated = feed(self.backlog, job, inputs, way, self.policy.max_pending, self._learning)
         if truncated:
-            self._tell_truncated(job, truncated)
+            self._tell_truncated(job, truncated, way.max_length or 0)
 
     def _learning(self) -> bool:
         """Whether a device is still looking for its best size, and can use a sample of all texts."""
@@ -225,8 +204,7 @@ class Engine:
             if released:
                 runner.released(job, released)
 
-    def _tell_truncated(self, job: Job, count: int) -> None:
-        length = self.model.encoder.max_length or 0
+    def _tell_truncated(self, job: Job, count: int, length: int) -> None:
         job.report.add(truncated=count)
         some = "1 input was" if count == 1 else f"{count:,} inputs were"
         warnings.warn(f"{some} longer than {length:,} tokens and cut there, as the model demands", stacklevel=5)
@@ -281,24 +259,3 @@ class Engine:
         gc.collect()  # models hold themselves in cycles
         for device in devices:
             device.release()
-
-
-def _chars(text: Any) -> int:
-    return len(text) if isinstance(text, str) else sum(len(part) for part in text)
-
-
-def _tokenizable(text: Any) -> bool:
-    try:
-        for part in (text,) if isinstance(text, str) else text:
-            part.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _not_unicode(index: int) -> InputError:
-    return InputError(
-        f"input {index} holds lone surrogates, which are not Unicode text; clean it with "
-        "text.encode('utf-8', 'replace').decode('utf-8')",
-        index=index,
-    )

@@ -190,13 +190,13 @@ class LoadedModel:
                 stack.enter_context(fallbacks.sliced_feed_forward(self.st))
             if rung == "half":
                 stack.enter_context(fallbacks.lower_precision(self.device.kind, self.half))
-            if self._packed_model is not None and batch.packed:
+            if self._packed_model is not None and batch.packed and _has_tokens(batch):
                 ids, types = self._packed_tensors(batch)
                 return self._packed_model.forward(ids, batch.lengths, types, extras)
             features, uniform = self._padded_features(batch, extras)
             if self.check.small_mask_ok:
                 stack.enter_context(interface.padded(uniform=uniform))
-            return final_rows_of(self.st, features)
+            return final_rows_of(self.st, features, extras.get("options"))
 
     @property
     def half(self) -> torch.dtype:
@@ -223,7 +223,7 @@ class LoadedModel:
             if self._host is None:
                 self._host = self.st if own else fallbacks.host_copy(self.st)
             features, _ = self._padded_features(batch, extras, torch.device("cpu"))
-            return final_rows_of(self._host, features)
+            return final_rows_of(self._host, features, extras.get("options"))
 
     def _check_host(self, batch: MicroBatch, *, copied: bool) -> None:
         """Raise MemoryError if the machine lacks room for `batch`, and for a copy of the weights: it would not raise."""
@@ -260,9 +260,13 @@ class LoadedModel:
 
     def _packed_tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         ids = self._to_device(np.concatenate([item.input_ids for item in batch.items]))
-        if batch.items[0].token_type_ids is None:
+        if "token_type_ids" not in self.encoder.feature_names:
             return ids, None
-        return ids, self._to_device(np.concatenate([item.token_type_ids for item in batch.items]))
+        if all(item.token_type_ids is None for item in batch.items):
+            return ids, torch.zeros_like(ids)
+        types = [item.token_type_ids for item in batch.items]
+        filled = [np.zeros(n, np.int32) if t is None else t for t, n in zip(types, batch.lengths, strict=True)]
+        return ids, self._to_device(np.concatenate(filled))
 
     def _to_device(self, values: Any) -> Tensor:
         """int64 on the device. Pinned on the way to an accelerator, so that the copy does not stop the host."""
@@ -278,7 +282,7 @@ class LoadedModel:
         device = device or self._torch_device
         if batch.items[0].input_ids is None:
             raw = [item.raw for item in batch.items]
-            features = sbert.preprocess(self.st, raw, extras.get("prompt"))
+            features = self.encoder.preprocess(self.st, raw, extras)
             return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in features.items()}, False
         width = batch.shape.longest if not batch.packed else max(batch.lengths)
         rows = len(batch.items)
@@ -289,7 +293,8 @@ class LoadedModel:
         if "token_type_ids" in self.encoder.feature_names:
             arrays["token_type_ids"] = np.full((rows, width), self.encoder.pad_type_id, dtype=np.int64)
         for row, item in enumerate(batch.items):
-            place = slice(width - item.num_tokens, width) if self.encoder.pad_left else slice(0, item.num_tokens)
+            count = len(item.input_ids)  # type: ignore[arg-type]  # not num_tokens, which is 1 where there is none
+            place = slice(width - count, width) if self.encoder.pad_left else slice(0, count)
             arrays["input_ids"][row, place] = np.asarray(item.input_ids)
             arrays["attention_mask"][row, place] = 1
             if "token_type_ids" in arrays:
@@ -297,7 +302,7 @@ class LoadedModel:
                 arrays["token_type_ids"][row, place] = np.asarray(0 if types is None else types)
         there = device == self._torch_device
         tensors = {n: self._to_device(a) if there else torch.from_numpy(a).to(device) for n, a in arrays.items()}
-        return {**extras, **tensors}, min(batch.lengths) == width
+        return {**extras, **tensors}, min(batch.lengths) == width and _has_tokens(batch)
 
     # the self-check
 
@@ -345,9 +350,14 @@ class LoadedModel:
         raise weights.too_large(self.name, None, 0, self.device.snapshot().free_bytes, self.device.name)
 
 
-def final_rows_of(st: Any, features: Mapping[str, Any]) -> Tensor:
-    """Rows of a padded forward of a whole model, always of rank 2."""
-    rows = sbert.forward(st, features)
+def _has_tokens(batch: MicroBatch) -> bool:
+    """Whether each input is known by its tokens and has some: what packing and a forward without a mask need."""
+    return all(item.input_ids is not None and len(item.input_ids) for item in batch.items)
+
+
+def final_rows_of(st: Any, features: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Tensor:
+    """Rows of a padded forward of a whole model, always of rank 2. options: of the call, for the modules' forwards."""
+    rows = sbert.forward(st, features, options)
     return rows[:, None] if rows.ndim == 1 else rows
 
 

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["forward", "hf_model", "hf_tokenizer", "is_reranker", "preprocess", "prompt_features", "resolve_prompt"]
+__all__ = [
+    "call_options",
+    "declared_lengths",
+    "forward",
+    "forward_options",
+    "has_own_preprocessing",
+    "hf_model",
+    "hf_tokenizer",
+    "is_reranker",
+    "preprocess",
+    "resolve_prompt",
+]
 
-Pair = tuple[str, str]
+
+_KNOWN = ("sentence_transformers.", "transformers.")
 
 
 def is_reranker(model: Any) -> bool:
@@ -31,45 +44,88 @@ def hf_model(model: Any) -> Any | None:
     return None
 
 
-def hf_tokenizer(model: Any) -> Any | None:
-    """The transformers tokenizer inside, or None."""
-    tokenizer = getattr(_first(model) if _has_modules(model) else model, "tokenizer", None)
+def hf_tokenizer(model: Any, options: Mapping[str, Any] | None = None) -> Any | None:
+    """The transformers tokenizer inside (of the route that `options` take), or None."""
+    holder = _input_module(model, options or {}) if _has_modules(model) else model
+    tokenizer = getattr(holder, "tokenizer", None)
     return tokenizer if hasattr(tokenizer, "model_max_length") else None
 
 
-def preprocess(model: Any, inputs: Sequence[Any], prompt: str | None) -> dict[str, Any]:
-    """Features of `inputs` exactly as the model's own ``encode`` / ``predict`` would make them, padded, on the CPU."""
+def preprocess(
+    model: Any, inputs: Sequence[Any], prompt: str | None, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Features of `inputs` exactly as the model's own ``encode`` / ``predict`` would make them, padded, on the CPU.
+
+    options: keyword arguments of the call, such as ``task``, which the model's input module may use.
+    """
+    given = dict(options or {})
     if hasattr(model, "preprocess"):
-        return dict(model.preprocess(list(inputs), prompt=prompt))
+        return dict(model.preprocess(list(inputs), prompt=prompt, **given))
     if is_reranker(model):
         pairs = [((prompt or "") + query, document) for query, document in inputs]
         return dict(model.tokenizer(pairs, padding=True, truncation=True, return_tensors="pt"))
-    features = dict(model.tokenize([(prompt or "") + text for text in inputs]))
-    return features | prompt_features(model, prompt)
+    older: Any = model  # before 5.4
+    features = dict(older.tokenize([(prompt or "") + text for text in inputs], **given))
+    length = older._get_prompt_length(prompt, **given) if prompt else None  # what pooling leaves out of the mean
+    return features if length is None else features | {"prompt_length": length}
 
 
-def prompt_features(model: Any, prompt: str | None) -> dict[str, Any]:
-    """What pooling must know about a prompt: ``{"prompt_length": tokens}`` where the prompt is left out of the mean."""
-    if not prompt or is_reranker(model):
-        return {}
-    if hasattr(model, "preprocess"):
-        features = model.preprocess(["x"], prompt=prompt)
-        return {"prompt_length": features["prompt_length"]} if "prompt_length" in features else {}
-    tokens = model.tokenize([prompt]).get("input_ids")
-    return {} if tokens is None else {"prompt_length": tokens.shape[-1] - 1}
-
-
-def forward(model: Any, features: Mapping[str, Any]) -> torch.Tensor:
+def forward(model: Any, features: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> torch.Tensor:
     """Rows of a forward: (rows, dim) embeddings, or (rows, labels) or (rows,) raw scores before any activation."""
     if is_reranker(model):
         if not _has_modules(model):
             logits: torch.Tensor = model.model(**features, return_dict=True).logits
             return logits
-        scores: torch.Tensor = model(dict(features))["scores"]
+        scores: torch.Tensor = model(dict(features), **(options or {}))["scores"]
         return scores
-    out = model(dict(features))
+    out = model(dict(features), **(options or {}))
     embeddings: torch.Tensor = out["sentence_embedding"]
     return embeddings
+
+
+def call_options(model: Any) -> set[str]:
+    """Names of keyword arguments that the model's ``encode`` / ``predict`` takes for its own modules."""
+    if not isinstance(model, torch.nn.Module) or not _has_modules(model):
+        return set()
+    own = {"task", "processing_kwargs"} if hasattr(model, "preprocess") else {"task"}
+    return own | _forward_names(model)
+
+
+def forward_options(model: Any, options: Mapping[str, Any]) -> set[str]:
+    """Which of `options` a module's forward takes: they change rows beyond what preprocessing shows."""
+    return (_forward_names(model) if _has_modules(model) else set()) & set(options)
+
+
+def _forward_names(model: Any) -> set[str]:
+    return set(model.get_model_kwargs()) if hasattr(model, "get_model_kwargs") else set()
+
+
+def has_own_preprocessing(model: Any, options: Mapping[str, Any]) -> bool:
+    """Whether texts become features by code that is not sentence-transformers' and transformers' (remote code, a user's
+    module, a method replaced on the object), which may do anything with a text."""
+    holders = [model, _input_module(model, options)] if _has_modules(model) else [model]
+    methods = [(holder, name) for holder in holders for name in ("preprocess", "tokenize")]
+    methods.append((getattr(holders[-1], "tokenizer", None), "__call__"))
+    for holder, name in methods:
+        if holder is None:
+            continue
+        home = inspect.getattr_static(type(holder), name, None)
+        if name in vars(holder) or not str(getattr(home, "__module__", "transformers.")).startswith(_KNOWN):
+            return True
+    return False
+
+
+def declared_lengths(model: Any, options: Mapping[str, Any]) -> list[int]:
+    """Every number of tokens at which something says that inputs are cut; the model's own comes first."""
+    module = _input_module(model, options) if _has_modules(model) else model
+    saved = getattr(module, "processing_kwargs", None) or {}
+    given = options.get("processing_kwargs") or {}
+    found = [getattr(model, "max_seq_length" if _has_modules(model) else "max_length", None), options.get("max_length")]
+    found += [getattr(module, name, None) for name in ("max_seq_length", "query_length", "document_length")]
+    found += [getattr(getattr(module, "tokenizer", None), "model_max_length", None)]
+    found += [kwargs.get("max_length") for kwargs in (*saved.values(), *given.values()) if isinstance(kwargs, Mapping)]
+    # transformers says 10**30 for "unknown", static embeddings infinity
+    return [int(length) for length in found if isinstance(length, (int, float)) and 0 < length < 10**9]
 
 
 def resolve_prompt(model: Any, prompt: str | None, prompt_name: str | None, kind: str | None) -> str | None:
@@ -99,3 +155,18 @@ def _has_modules(model: Any) -> bool:
 
 def _first(model: Any) -> Any:
     return next(iter(model.children()), model)
+
+
+def _input_module(model: Any, options: Mapping[str, Any]) -> Any:
+    """What preprocesses texts: the first module, or the first of the route that a Router takes for `options`."""
+    module = _first(model)
+    routes = getattr(module, "sub_modules", None)
+    if routes is None:
+        return module
+    task = options.get("task")
+    try:
+        name = module._resolve_route(task=task, modality="text") if hasattr(module, "_resolve_route") else task
+    except ValueError:  # no such route: the model itself will say so
+        name = None
+    route = routes[name] if name in routes else next(iter(routes.values()))
+    return next(iter(route.children()), module)

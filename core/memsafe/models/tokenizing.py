@@ -2,56 +2,40 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from memsafe.errors import ConfigError
 from memsafe.models import sbert
+from memsafe.models.content import ContentTokenizer
+from memsafe.models.features import FeatureRows
+from memsafe.models.samples import samples
+from memsafe.models.trial import Trial
+from memsafe.models.ways import Encoded, Features, Limits, Opaque, Text, Way, frozen
 
-__all__ = ["Encoded", "InputEncoder"]
+__all__ = ["Encoded", "InputEncoder", "Way"]
 
-Ids = NDArray[np.int32]
-Text = str | tuple[str, str]
-
-# A token rarely spans more than a few characters; text beyond this many characters per token the model takes cannot
-# matter and is cut before tokenising, so that a 10 MB text costs no more than a long one.
-_CHARS_PER_TOKEN = 64
-_MIN_CUT_CHARS = 50_000
-
-# Differences in case, white space and markup are what the versions' own preprocessing treats differently.
-_SAMPLES = ("Hello World", "  two  spaces\nand lines ", "", "MiXeD Case ÄÖß 你好 [SEP]", "word " * 40)
-_NORMALISERS: tuple[Callable[[str], str], ...] = (
-    lambda text: text,
-    lambda text: text.strip(),
-    lambda text: text.lower(),
-    lambda text: text.strip().lower(),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One input. input_ids: int32 (num_tokens,), or None if opaque; token_type_ids likewise, or None if all zero."""
-
-    input_ids: Ids | None
-    token_type_ids: Ids | None
-    num_tokens: int
-    truncated: bool
+_WAYS_KEPT = 256
+"""Prompts and options whose ways are remembered: finding one takes some milliseconds."""
 
 
 class InputEncoder:
     """Turns texts, or (query, document) pairs, into :class:`Encoded`. Safe to call from several threads.
 
-    Three ways, the first that is shown at load to give what the model's own preprocessing gives:
-    ``"fast"``: the tokenizer's Rust core, called directly with settings fixed once on a private copy (a shared fast
-    tokenizer is silently racy when callers use different lengths);
-    ``"features"``: the model's own preprocessing under a lock, padding removed (chat templates, slow tokenizers);
-    ``"opaque"``: no token ids; the raw input travels to the forward, planned by its characters.
+    Three ways, found anew for each prompt and each set of call options, the first that is shown to give what the model's
+    own preprocessing gives on samples: ``"fast"``, ``"features"``, ``"opaque"`` (see `models/ways.py`). The fast one is
+    for sentence-transformers' own modules: what other code does to a text no samples can show, so it is called.
+    What differs from text to text beside its tokens cannot be known from ids: then the raw text goes to the forward.
+
+    mode, max_length: of a call without prompt and options. pad_id, pad_type_id, pad_left, feature_names: how the model's
+    own preprocessing pads, and what it gives.
     """
 
     def __init__(
@@ -59,153 +43,139 @@ class InputEncoder:
     ) -> None:
         self._model = model
         self._pairs = pairs
-        self._lock = threading.Lock()
-        self._extras: dict[str | None, dict[str, Any]] = {}
-        self._normalise = _NORMALISERS[0]
+        self._lock = threading.Lock()  # around the model's own tokenizer, which may hold state
+        self._choosing = threading.RLock()
         self._query_max_length = query_max_length
         self._only_second = truncation == "only_second"
+        self._ways: OrderedDict[Hashable, Way] = OrderedDict()
+        self._trials: dict[Hashable, Trial] = {}
+        self._cores: dict[int, ContentTokenizer] = {}
         tokenizer = sbert.hf_tokenizer(model)
-        self.max_length = _max_length(model, tokenizer)
         self.pad_id = int(getattr(tokenizer, "pad_token_id", None) or 0)
         self.pad_type_id = int(getattr(tokenizer, "pad_token_type_id", None) or 0)
         self.pad_left = getattr(tokenizer, "padding_side", "right") == "left"
         self.feature_names: tuple[str, ...] = ()
-        self.mode = "opaque"
-        self._fast: Any = None
-        self._whole: Any = None
-        self._cut_side = "right"
-        self._choose(tokenizer)
+        self._look(tokenizer)
+        way = self.way()
+        self.mode, self.max_length = way.mode, way.max_length
 
     def after_fork(self) -> None:
         """See :meth:`memsafe.models.model.LoadedModel.after_fork`."""
-        self._lock = threading.Lock()
+        self._lock, self._choosing = threading.Lock(), threading.RLock()
+        self._ways.clear()  # some hold the old lock
+        self._trials.clear()
 
-    def extras(self, prompt: str | None) -> dict[str, Any]:
+    def way(self, prompt: str | None = None, options: Mapping[str, Any] | None = None) -> Way:
+        """How inputs with `prompt` before each (before the query of a pair) are encoded, for a call with `options` (``task``,
+        ...). Raises :class:`ConfigError` where cutting was asked for in a way that this model cannot do."""
+        options = options or {}
+        key = (prompt or None, frozen(options))
+        with self._choosing:
+            way = self._ways.get(key) or self._find(prompt or "", options)
+            self._ways[key] = way
+            self._ways.move_to_end(key)
+            if len(self._ways) > _WAYS_KEPT:
+                self._ways.popitem(last=False)
+            return way
+
+    def extras(self, prompt: str | None, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Features beside the tokens that the model's preprocessing adds for `prompt` (modality, prompt_length)."""
+        return self.way(prompt, options).extras
+
+    def encode(
+        self, inputs: Sequence[Text], prompt: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> list[Encoded]:
+        """Encode `inputs` with `prompt` put before each."""
+        return self.way(prompt, options).encode(inputs) if inputs else []
+
+    def preprocess(self, model: Any, inputs: Sequence[Text], extras: Mapping[str, Any]) -> dict[str, Any]:
+        """Features of opaque `inputs` by `model`'s own code, padded, on the CPU. extras: of their way."""
         with self._lock:
-            if prompt not in self._extras:
-                features = self._preprocess([("x", "x") if self._pairs else "x"], prompt)
-                names = ("input_ids", "token_type_ids", "attention_mask")
-                kept = {} if self.mode == "opaque" else {k: v for k, v in features.items() if k not in names}
-                self._extras[prompt] = kept
-            return self._extras[prompt]
+            return sbert.preprocess(model, inputs, extras["prompt"], extras["options"])
 
-    def encode(self, inputs: Sequence[Text], prompt: str | None = None) -> list[Encoded]:
-        """Encode `inputs` with `prompt` put before each (before the query of a pair)."""
-        if not inputs:
-            return []
-        if self.mode == "fast":
-            return self._encode_fast(inputs, prompt)
-        if self.mode == "features":
-            with self._lock:
-                features = self._preprocess(inputs, prompt)
-            return self._unpadded(features)
-        return [Encoded(None, None, _estimate(text, self.max_length), False) for text in inputs]
+    # finding the way
 
-    # choosing the way
-
-    def _choose(self, tokenizer: Any) -> None:
-        samples: list[Text] = [(s, _SAMPLES[1]) for s in _SAMPLES] if self._pairs else list(_SAMPLES)
+    def _look(self, tokenizer: Any) -> None:
+        """How the model pads, from its own preprocessing of a call without prompt and options."""
         try:
-            reference = self._unpadded(self._preprocess(samples, None))
+            rows = FeatureRows.of(self._preprocess(samples(tokenizer, self._pairs), None, {}))
+        except Exception:  # a model without token features, or without a default route: whatever it raises
+            return
+        if rows is None:
+            return
+        self.feature_names = rows.names
+        self.pad_id = self.pad_id if rows.pad_id is None else rows.pad_id
+        self.pad_type_id = self.pad_type_id if rows.pad_type_id is None else rows.pad_type_id
+        self.pad_left = self.pad_left if rows.pad_left is None else rows.pad_left
+
+    def _find(self, prompt: str, options: Mapping[str, Any]) -> Way:
+        trial = self._trial(options)
+        rows = None if sbert.forward_options(self._model, options) else self._rows(trial.texts, prompt, options)
+        if rows is not None and trial.readable:
+            for fast in trial.candidates(rows, prompt):
+                if trial.confirms(fast, rows):
+                    return fast.with_limits(self._asked(fast.limits))
+        if self._only_second or self._query_max_length is not None:
+            raise ConfigError(
+                "truncation, query_max_length: this model's own preprocessing must run unchanged; leave them out"
+            )
+        shorten = partial(self._shorten, trial)
+        if rows is None or not trial.readable:
+            return Opaque(trial.limits, prompt or None, options, shorten)
+        own = partial(sbert.preprocess, self._model, prompt=prompt or None, options=options)
+        return Features(trial.limits, rows, own, self._lock, shorten)
+
+    def _trial(self, options: Mapping[str, Any]) -> Trial:
+        key = frozen(options)
+        if key not in self._trials:
+            if len(self._trials) >= _WAYS_KEPT:
+                self._trials.clear()
+            self._trials[key] = Trial(self._model, self._pairs, options, self._preprocess, self._core)
+        return self._trials[key]
+
+    def _rows(self, texts: list[Text], prompt: str, options: Mapping[str, Any]) -> FeatureRows | None:
+        """The model's own rows of `texts`; None unless they can be read, and each is the same alone and in company."""
+        try:
+            rows = FeatureRows.of(self._preprocess(texts, prompt or None, options))
         except Exception:  # a model without token features: whatever it raises here, it is opaque to us
-            return
-        self.mode = "features"
-        if not getattr(tokenizer, "is_fast", False):
-            return
-        self._fast = copy.deepcopy(tokenizer.backend_tokenizer)
-        self._fast.no_padding()
-        self._cut_side = getattr(tokenizer, "truncation_side", "right")
-        self._truncate("longest_first")  # as the reference does
-        for normalise in _NORMALISERS:
-            self._normalise = normalise
-            if all(_same(a, b) for a, b in zip(self._encode_fast(samples, None), reference, strict=True)):
-                self._truncate("only_second" if self._only_second else "longest_first")
-                self.mode = "fast"
-                if self._query_max_length is not None:
-                    self._whole = copy.deepcopy(self._fast)
-                    self._whole.no_truncation()
-                return
-        self._fast, self._normalise = None, _NORMALISERS[0]
+            return None
+        if rows is None or rows.names != self.feature_names:
+            return None
+        ours = (self.pad_id, self.pad_type_id, self.pad_left)
+        if any(
+            p is not None and p != q for p, q in zip((rows.pad_id, rows.pad_type_id, rows.pad_left), ours, strict=True)
+        ):
+            return None
+        for place in (0, len(texts) // 2, len(texts) - 1):
+            alone = FeatureRows.of(self._preprocess([texts[place]], prompt or None, options))
+            if alone is None or alone.constants != rows.constants or alone.names != rows.names:
+                return None
+            if not np.array_equal(alone.ids[0], rows.ids[place]):
+                return None
+            if rows.types is not None and not np.array_equal(alone.types[0], rows.types[place]):  # type: ignore[index]
+                return None
+        return rows
 
-    def _truncate(self, strategy: str) -> None:
-        if self.max_length is None:
-            self._fast.no_truncation()
-        else:
-            self._fast.enable_truncation(self.max_length, strategy=strategy, direction=self._cut_side)
+    def _asked(self, limits: Limits) -> Limits:
+        """`limits` with what the user wants of them."""
+        strategy = "only_second" if self._only_second else limits.strategy
+        return replace(limits, strategy=strategy, query_max_length=self._query_max_length)
 
-    # the ways
+    def _core(self, tokenizer: Any) -> ContentTokenizer:
+        if id(tokenizer) not in self._cores:
+            self._cores[id(tokenizer)] = ContentTokenizer(tokenizer.backend_tokenizer)
+        return self._cores[id(tokenizer)]
 
-    def _encode_fast(self, inputs: Sequence[Text], prompt: str | None) -> list[Encoded]:
-        prefix, normalise = prompt or "", self._normalise
-        batch: list[Any]
-        if self._pairs:
-            batch = [(self._query(normalise(prefix + pair[0])), self._cut(normalise(pair[1]))) for pair in inputs]
-        else:
-            batch = [self._cut(normalise(prefix + str(text))) for text in inputs]
-        limit = self.max_length
-        typed = "token_type_ids" in self.feature_names
-        encoded = []
-        for enc in self._fast.encode_batch(batch):
-            ids = np.array(enc.ids, dtype=np.int32)
-            types = np.array(enc.type_ids, dtype=np.int32) if typed and self._pairs else None
-            truncated = limit is not None and len(ids) >= limit and bool(enc.overflowing)
-            encoded.append(Encoded(ids, types, len(ids), truncated))
-        return encoded
+    def _preprocess(self, inputs: Sequence[Text], prompt: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            return sbert.preprocess(self._model, inputs, prompt, options)
 
-    def _query(self, query: str) -> str:
-        """The query, cut to `query_max_length` tokens where that was asked for."""
-        if self._query_max_length is None or self._whole is None:
-            return query
-        enc = self._whole.encode(query, add_special_tokens=False)
-        if len(enc.ids) <= self._query_max_length:
-            return query
-        return query[: enc.offsets[self._query_max_length - 1][1]]
+    def _shorten(self, trial: Trial, inputs: Sequence[Text]) -> list[Any]:
+        def slow(texts: Sequence[str]) -> list[bytes]:
+            with self._lock:
+                return trial.slow_ids(texts)
 
-    def _cut(self, text: str) -> str:
-        if self.max_length is None or self._cut_side != "right":
-            return text
-        keep = max(self.max_length * _CHARS_PER_TOKEN, _MIN_CUT_CHARS)
-        if len(text) <= keep:
-            return text
-        space = max(text.rfind(" ", 0, keep), text.rfind("\n", 0, keep))
-        head = text[: space if space > keep // 2 else keep]
-        # Safe only if what is kept overflows the model by itself; otherwise (long runs of spaces) take the whole text.
-        return head if self._fast.encode(head).overflowing else text
-
-    def _preprocess(self, inputs: Sequence[Text], prompt: str | None) -> dict[str, Any]:
-        return sbert.preprocess(self._model, inputs, prompt)
-
-    def _unpadded(self, features: dict[str, Any]) -> list[Encoded]:
-        ids, mask = features["input_ids"].numpy(), features["attention_mask"].numpy().astype(bool)
-        types = features.get("token_type_ids")
-        self.feature_names = tuple(n for n in ("input_ids", "token_type_ids", "attention_mask") if n in features)
-        encoded = []
-        for row, keep in enumerate(mask):
-            row_ids = ids[row][keep].astype(np.int32)
-            row_types = types[row].numpy()[keep].astype(np.int32) if types is not None and self._pairs else None
-            full = self.max_length is not None and len(row_ids) >= self.max_length
-            encoded.append(Encoded(row_ids, row_types, len(row_ids), full))
-        return encoded
-
-
-def _same(ours: Encoded, theirs: Encoded) -> bool:
-    if not np.array_equal(ours.input_ids, theirs.input_ids):  # type: ignore[arg-type]
-        return False
-    a, b = ours.token_type_ids, theirs.token_type_ids
-    return (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
-
-
-def _max_length(model: Any, tokenizer: Any) -> int | None:
-    length = getattr(model, "max_seq_length", None)
-    if length is None:
-        length = getattr(model, "max_length", None) or getattr(tokenizer, "model_max_length", None)
-    return int(length) if length is not None and length < 10**9 else None  # transformers says 10**30 for "unknown"
-
-
-def _estimate(text: Any, max_length: int | None) -> int:
-    chars = sum(len(part) for part in text) if isinstance(text, tuple) else len(str(text))
-    return max(1, min(chars // 3 + 2, max_length or 10**9))
+        return trial.shorten(inputs, slow)
 
 
 def _after_fork() -> None:
