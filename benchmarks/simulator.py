@@ -14,9 +14,8 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from memsafe.config import FALLBACKS, MemoryPolicy
 from memsafe.planning.batch import BatchShape, MicroBatch, TokenizedInput
@@ -340,7 +339,7 @@ class _Simulation:
                     yield from self.forward(ticket, work, need)
                     continue
                 self.outcome.refused += 1
-                work.__dict__["failures"] = work.failures + 1
+                work = replace(work, failures=work.failures + 1)
             for action in (actions := self.scheduler.refused(ticket, work, self.seen())):
                 if isinstance(action, Clear):
                     self.scheduler.alone.add(ticket)
@@ -449,10 +448,6 @@ def texts_for(curve: Curve, name: str, device_s: float, seed: int) -> list[int]:
     """Lengths of as many texts as take about `device_s` seconds at the curve's best."""
     best = max(point[0] / max(point[1], curve.host_seconds) for point in curve.seconds)
     probe = mix(name, 500, curve.max_length, seed)
-    tokens, squares = sum(probe) / len(probe), sum(n * n for n in probe) / len(probe)
-    each = tokens / best / (curve.cores if curve.kind == "cpu" else 1) + squares * curve.seconds_per_square
-    return mix(name, max(round(device_s / each), 1), curve.max_length, seed)
-
-
-def new_tenant_of(outcome: Any) -> Tenant:
-    return outcome.tenant
+    lanes = curve.cores if curve.kind == "cpu" else 1
+    each = sum(n / best + n * n * curve.seconds_per_square for n in probe) / len(probe) / lanes
+    return mix(name, max(round(device_s / each), lanes), curve.max_length, seed)

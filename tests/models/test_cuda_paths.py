@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from memsafe.engine.admission import MOST_ROWS
 
 from memsafe import Embedder, MemoryPolicy, ModelTooLargeError
 from memsafe.attention import kernels
-from memsafe.engine.admission import MOST_ROWS
 from memsafe.engine.runner import Executor
 from memsafe.engine.sinks import HostCopy
 from memsafe.machine.device import CpuDevice

@@ -101,6 +101,9 @@ class Sizing:
     def observe(self, sample: Sample, lengths: Mapping[int, int] = _NONE) -> bool:
         """Learn from a micro-batch that ran, in a run of texts of these `lengths`; returns whether the search has just ended."""
         self.curve.observe(sample)
+        if not self.curve.points:  # what an earlier process had learnt was wrong: from the beginning
+            self._settled = False
+            self._tries.clear()
         before, self._settled = self._settled, self._settled or not self._next(lengths)[1]
         return self._settled and not before
 

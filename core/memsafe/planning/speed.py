@@ -13,6 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from memsafe.planning.fit import FloatArray
+
 __all__ = ["Point", "Sample", "SpeedCurve", "size_class"]
 
 KEPT = 8
@@ -22,8 +27,9 @@ _SHORT = 0.15, 1.5
 the least share seen: long texts run at another rate, and are mostly larger than any size worth having."""
 _LONG = 0.4
 """From this share on a sample tells how much slower attention is than the rest."""
-_DISAGREES = 1.5
-"""What was learnt earlier is dropped when micro-batches of its size are so many times as fast or as slow."""
+_DISAGREES = {4: 1.5, 2: 3.0}
+"""All is learnt anew where what was learnt earlier turns out wrong: where so many micro-batches of its size were so many times
+as fast, or as slow."""
 
 
 _APART = 1.3
@@ -85,6 +91,8 @@ class SpeedCurve:
         self._slowness: deque[float] = deque([2.0], maxlen=KEPT)  # of attention, per operation, against all else
         self._points: list[Point] | None = None
         self._slope = 0.0
+        self._version = 0  # of what was learnt
+        self._tables: dict[tuple[int, float, int], tuple[NDArray[np.int64], FloatArray]] = {}
 
     # learning
 
@@ -97,15 +105,15 @@ class SpeedCurve:
         if sample.attention_share >= _LONG:
             self._learn_slowness(sample)
         self._points = None
+        self._version += 1
         if not self._is_short(sample):
             return
         size = size_class(sample.tokens)
         self._samples.setdefault(size, deque(maxlen=KEPT)).append(sample)
-        known = self._learnt.get(size)
-        if known is not None:
-            fresh = self._fresh().get(size)
-            if fresh is not None and fresh.samples >= 4 and not 1 / _DISAGREES <= fresh.rate / known.rate <= _DISAGREES:
-                self._learnt.clear()
+        known, fresh = self._learnt.get(size), self._fresh().get(size)
+        if known is not None and fresh is not None and _disagrees(fresh, known):
+            self._learnt.clear()
+            self._samples.clear()
 
     def _is_short(self, sample: Sample) -> bool:
         """Whether its texts are short enough to tell about sizes; drops earlier samples that no longer are."""
@@ -183,43 +191,50 @@ class SpeedCurve:
 
     def seconds(self, tokens: float) -> float:
         """What `tokens` are expected to take; 0 if nothing was measured."""
+        return float(self._seconds(np.array([tokens], dtype=np.float64))[0]) if self.points else 0.0
+
+    def _seconds(self, tokens: FloatArray) -> FloatArray:
         points = self.points
-        if not points:
-            return 0.0
-        if tokens <= points[0].tokens:
-            return points[0].seconds
-        if tokens >= points[-1].tokens:
-            return points[-1].seconds + self._slope * (tokens - points[-1].tokens)
-        right = next(place for place, point in enumerate(points) if point.tokens >= tokens)
-        a, b = points[right - 1], points[right]
-        return a.seconds + _steepness(a, b) * (tokens - a.tokens)
+        measured = np.interp(tokens, [point.tokens for point in points], [point.seconds for point in points])
+        return np.asarray(measured + self._slope * np.maximum(tokens - points[-1].tokens, 0.0))
 
     def run_seconds(self, tokens: int, lengths: Mapping[int, int]) -> float:
         """What texts of these `lengths` (how many of each :func:`size_class`) take in micro-batches of at most `tokens`.
 
         A text longer than that has one for itself. Attention within texts, which no size changes, is counted as well.
         """
+        return float(self._run_seconds(np.array([tokens]), lengths)[0])
+
+    def _run_seconds(self, sizes: NDArray[np.int64], lengths: Mapping[int, int]) -> FloatArray:
         if not lengths:
-            return self.seconds(tokens) / max(tokens, 1)
+            return np.asarray(self._seconds(sizes.astype(np.float64)) / np.maximum(sizes, 1))
+        length = np.exp2(np.fromiter(lengths.keys(), np.float64, len(lengths)) / 2)
+        count = np.fromiter(lengths.values(), np.float64, len(lengths))
+        filled = np.maximum(sizes[:, None], length[None, :])
         attention = self._slow * self.square_tokens * self._slope  # no more than was seen that tokens take
-        total = 0.0
-        for length_class, count in lengths.items():
-            length = 2 ** (length_class / 2)
-            filled = max(tokens, length)
-            total += count * (self.seconds(filled) * length / filled + attention * length * length)
-        return total
+        return np.asarray(
+            self._seconds(filled) * length / filled @ count + attention * float(count @ (length * length))
+        )
 
     def smallest(self, within: float, lengths: Mapping[int, int], *, beyond: float = 1.0) -> int:
         """The fewest tokens, not below the smallest measured, with which a run takes at most 1 / (1 - `within`) times what it
         takes at best, among sizes up to `beyond` times the largest measured. 0 if nothing was measured."""
         if not self.points:
             return 0
-        least, most = self.points[0].tokens, beyond * self.points[-1].tokens
-        steps = math.ceil(4 * math.log2(most / least))
-        sizes = [round(least * 2 ** (step / 4)) for step in range(steps + 1)]
-        times = [self.run_seconds(size, lengths) for size in sizes]
-        enough = min(times) / (1 - within)
-        return next(size for size, seconds in zip(sizes, times, strict=True) if seconds <= enough)
+        sizes, times = self._table(lengths, beyond)
+        return int(sizes[np.argmax(times <= times.min() / (1 - within))])
+
+    def _table(self, lengths: Mapping[int, int], beyond: float) -> tuple[NDArray[np.int64], FloatArray]:
+        """Sizes, four a doubling, and what a run takes with each; kept, since it is asked for several times in a row."""
+        key = (self._version, beyond, sum(lengths.values()))
+        if key not in self._tables:
+            if any(known[0] != self._version for known in self._tables):
+                self._tables.clear()
+            least, most = self.points[0].tokens, beyond * self.points[-1].tokens
+            steps = math.ceil(4 * math.log2(most / least))
+            sizes = np.rint(least * np.exp2(np.arange(steps + 1) / 4)).astype(np.int64)
+            self._tables[key] = sizes, self._run_seconds(sizes, lengths)
+        return self._tables[key]
 
     # keeping
 
@@ -262,6 +277,11 @@ def _lowest(samples: Sequence[tuple[float, int]]) -> Point:
     ordered = sorted(samples, key=lambda sample: sample[0] / sample[1])
     seconds, tokens = ordered[1] if len(ordered) >= 4 else ordered[0]
     return Point(tokens, seconds, len(ordered))
+
+
+def _disagrees(fresh: Point, known: Point) -> bool:
+    ratio = max(fresh.rate / known.rate, known.rate / fresh.rate)
+    return any(fresh.samples >= samples and ratio > factor for samples, factor in _DISAGREES.items())
 
 
 def _last_slope(points: Sequence[Point]) -> float:
