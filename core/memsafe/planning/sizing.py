@@ -31,6 +31,8 @@ _HORIZON = 4
 """How far beyond the largest size measured something better is looked for, as a factor."""
 _MODEST, _MODEST_LOSS = 2.0, 0.05
 """No size is used or tried that is more than twice the smallest one with which a run loses at most 5 %, as measured so far."""
+_FAR = 4
+"""A smaller size so many times smaller tells nothing of those between."""
 _AGAIN = 0.1
 """The gain for which a search is opened again."""
 _NONE: Mapping[int, int] = MappingProxyType({})
@@ -147,8 +149,9 @@ class Sizing:
             return (tokens, True) if self._may(tokens) else (last.tokens, False)
         if last.samples < _SURE and self._may(last.tokens):
             return last.tokens, True
-        half = wanted // 2
-        if size_class(wanted) <= size_class(points[0].tokens) and half >= self._traits.start_tokens and self._may(half):
+        half = max(wanted // 2, self._traits.start_tokens)
+        below = max((point.tokens for point in points if size_class(point.tokens) < size_class(wanted)), default=0)
+        if below < wanted // _FAR and half < wanted and self._may(half):  # what is between was never looked at
             return half, True
         return wanted, False
 
