@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from memsafe.planning.ramp import LaneChoice, Ramp
 
 Rate = Callable[[float], float]  # tokens -> tokens/s
