@@ -14,6 +14,7 @@ import pytest
 
 from memsafe import Embedder, MemoryPolicy, ModelError, ModelNotFoundError, ModelTooLargeError, Reranker
 from memsafe.config import GiB, MiB
+from memsafe.machine.device import CpuDevice
 from memsafe.models import weights
 from memsafe.models.weights import check_fits, check_hub, inspect
 
@@ -267,6 +268,14 @@ def test_the_revision_changes_with_the_files(embedder_folder: Path) -> None:
 def test_a_hub_id_that_is_not_on_this_machine_is_unknown() -> None:
     """Nothing can be read yet: None, and no download."""
     assert weights.inspect("nobody/no-such-model-3b1c", kind="embedding") is None
+
+
+def test_a_dtype_that_the_hardware_emulates_is_said(embedder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 on a CPU without it works, many times slower than float32: one warning says so."""
+    monkeypatch.setattr(CpuDevice, "supports", lambda self, dtype: dtype == "float32")
+    with pytest.warns(UserWarning, match="cpu has no native float16; it will be emulated") as said:
+        Embedder(str(embedder_folder), device="cpu", dtype="float16").close()
+    assert len(said) == 1
 
 
 # A hub that may not be there

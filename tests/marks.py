@@ -1,0 +1,122 @@
+"""Which tests run when, in one place. Names are `file::function`, below tests/; conftest.py turns them into markers.
+
+`make test-fast` leaves out what is here and everything hostile; `make test` leaves out what is long; `make test-all` runs it too.
+tests/contracts/test_marks.py checks that every name here is a test, and that each test of a grid that is long leaves cases
+in `make test`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+COLLECTED = pytest.StashKey[list[tuple[str, str]]]()
+"""In the configuration of a run: (file, name) of every test, those that are left out too."""
+
+ALONE = {
+    # a file, or one test: what else the machine does would show in their figures
+    "concurrency/test_load.py",
+    "contracts/test_front_door.py::test_importing_memsafe_is_cheap",
+    "langchain/test_async.py",
+    "llama_index/test_embedding_contract.py::test_the_event_loop_stays_free",
+    "llama_index/test_embedding_contract.py::test_loading_after_unpickling_leaves_the_loop_free",
+    "llama_index/test_rerank.py::test_the_event_loop_stays_free",
+    "machine/test_device.py::test_a_real_resident_peak",
+    "machine/test_heap.py",
+    "machine/test_linux.py::test_a_snapshot_is_cheap",
+    "machine/test_linux.py::test_the_peak_can_be_restarted_here",
+    "machine/test_meter.py::test_metering_is_affordable",
+    "machine/test_threads.py",
+    "planning/test_planner.py::test_planning_costs_microseconds_per_input",
+}
+"""Nothing runs beside them."""
+
+SLOW = {
+    "attention/test_packing.py::test_packed_rows_equal_single_rows",
+    "core/test_embedder.py::test_every_architecture",
+    "core/test_embedder.py::test_every_pooling_mode",
+    "core/test_embedder.py::test_loaded_model",
+    "core/test_embedder.py::test_precision",
+    "core/test_embedder.py::test_real_model_on_real_texts",
+    "core/test_embedder.py::test_two_copies_share_the_work",
+    "core/test_reranker.py::test_activations",
+    "core/test_reranker.py::test_async",
+    "core/test_reranker.py::test_every_architecture",
+    "core/test_reranker.py::test_real_model",
+    "langchain/test_async.py::test_cancelling",
+    "langchain/test_async.py::test_loop_stays_free",
+    "langchain/test_async.py::test_loop_stays_free_while_reranking",
+    "langchain/test_async.py::test_subclasses_are_obeyed",
+    "langchain/test_embeddings.py::test_dtype",
+    "langchain/test_embeddings_parity.py::test_multi_process",
+    "langchain/test_embeddings_parity.py::test_same_numbers",
+    "langchain/test_state.py::test_dump_makes_an_equal_one",
+    "langchain/test_state.py::test_forked_child_loads_its_own",
+    "llama_index/test_embedding_contract.py::test_instructions_by_model_name",
+    "llama_index/test_embedding_contract.py::test_lengths_beyond_the_models_positions_are_cut",
+    "llama_index/test_embedding_contract.py::test_loading_after_unpickling_leaves_the_loop_free",
+    "llama_index/test_embedding_contract.py::test_memory_options_reach_the_core",
+    "llama_index/test_embedding_contract.py::test_no_upstream_package_is_imported",
+    "llama_index/test_embedding_contract.py::test_the_core_sees_the_whole_list_in_one_call",
+    "llama_index/test_embedding_contract.py::test_the_event_loop_stays_free",
+    "llama_index/test_embedding_contract.py::test_which_prompt_is_used",
+    "llama_index/test_embedding_parity.py::test_numbers_are_upstreams",
+    "llama_index/test_embedding_state.py::test_a_dictionary_keeps_the_group_size",
+    "llama_index/test_embedding_state.py::test_a_pickle_holds_configuration_not_weights",
+    "llama_index/test_embedding_state.py::test_a_reranker_pickles_alike",
+    "llama_index/test_embedding_state.py::test_ingestion_with_worker_processes",
+    "llama_index/test_embedding_state.py::test_memory_settings_are_not_in_the_cache_key",
+    "llama_index/test_embedding_state.py::test_what_cannot_be_pickled_is_left_out",
+    "llama_index/test_rerank.py::test_from_flag_differs_from_the_plain_constructor",
+    "llama_index/test_rerank.py::test_scores_and_order_are_upstreams",
+    "llama_index/test_upstream_suites.py::test_batches_keep_their_order",
+    "llama_index/test_upstream_suites.py::test_flag_reranker_class",
+    "models/test_cuda_paths.py::test_the_half_rung_asks_no_kernel_for_mixed_dtypes",
+    "models/test_cuda_paths.py::test_what_a_self_check_took_is_given_back",
+    "models/test_ladder.py::test_a_rung_takes_no_more_than_was_predicted",
+    "models/test_selfcheck.py::test_architectures_with_their_own_attention_fail",
+    "models/test_selfcheck.py::test_the_real_model_passes",
+    "models/test_weights.py::test_the_real_model_needs_what_it_is_said_to",
+}
+"""More than about two seconds of a core; not in `make test-fast`."""
+
+LONG = {
+    # each option of a class that is replaced, each architecture: a branch of ours keeps a case, the rest is a second look
+    "core/test_embedder.py::test_every_pooling_mode": "bert-|-mean]",
+    "core/test_reranker.py::test_every_architecture": "-1]",
+    "hostile/test_trials.py::test_random_jobs_finish_or_raise_the_right_error": r"\[0-",
+    "langchain/test_embeddings_parity.py::test_same_quantized": "int8",
+    "llama_index/test_embedding_contract.py::test_instructions_by_model_name": "False-BAAI/bge-small|True-hkunlp",
+    "llama_index/test_embedding_parity.py::test_numbers_are_upstreams": "defaults|instruction|max_length]|half|truncate|prompt",
+    "llama_index/test_embedding_state.py::test_ingestion_with_worker_processes": "arun",
+    "llama_index/test_rerank.py::test_scores_and_order_are_upstreams": "defaults|none|short|logits|prompt|keep",
+    "models/test_cuda_paths.py::test_the_half_rung_asks_no_kernel_for_mixed_dtypes": r"\[bert|gte",
+    "models/test_ladder.py::test_a_rung_takes_no_more_than_was_predicted": "-bert|-gte|-modernbert|-mpnet",
+    "models/test_selfcheck.py::test_architectures_with_their_own_attention_fail": "embedder",
+    # each example runs alone in its own process; the demo does what the other three do, one after the other
+    "contracts/test_examples.py::test_example_runs_offline": "demo",
+}
+"""Grids: the cases whose name matches the pattern (a regular expression, searched) stay in `make test`, the others are long. They
+protect a second time: where the cases differ in what takes another branch of ours, each branch keeps one."""
+
+TWICE = {
+    "concurrency/test_load.py::test_mixed_traffic_for_seconds": "concurrency/test_sharing.py::test_different_lengths_under_threads",
+    "langchain/test_state.py::test_worker_process": "langchain/test_state.py::test_forked_child_loads_its_own",
+}
+"""Long tests, each with the test in `make test` that keeps its promise."""
+
+
+def marks_of(file: str, name: str) -> Iterator[str]:
+    """The markers of the test `name` (``test_x[case]``) in `file`, a path below tests/."""
+    test = f"{file}::{name.partition('[')[0]}"
+    if file.startswith("hostile/"):
+        yield from ("hostile", "alone")
+    elif file in ALONE or test in ALONE:
+        yield "alone"
+    if file in SLOW or test in SLOW:
+        yield "slow"
+    kept = LONG.get(test)
+    if test in TWICE or (kept is not None and re.search(kept, name) is None):
+        yield "long"
