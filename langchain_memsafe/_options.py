@@ -11,6 +11,8 @@ _LIST_MESSAGE = "Expected embeddings to be a Tensor or a numpy array, got a list
 
 _ENCODE = ("normalize_embeddings", "precision", "prompt", "prompt_name", "truncate_dim")
 _PREDICT = ("activation_fn", "apply_softmax", "prompt", "prompt_name")
+_PER_CALL = ("kind", "max_rows", "model", "normalize", "progress", "show_progress", "urgent")
+"""The core's own options of a call, which sentence-transformers does not have."""
 _CORE_ONLY = ("dtype", "hooks", "memory", "model", "model_name_or_path", "normalize", "show_progress")
 
 
@@ -28,7 +30,7 @@ def encode_options(given: Mapping[str, Any], *, device: Any) -> dict[str, Any]:
     Raises:
         TypeError: The options ask for a list of tensors; upstream refuses with the same words.
         KeywordError: ``show_progress_bar`` or the inputs themselves are among them.
-        ConfigError: An unknown option, or one that cannot be had per call.
+        ConfigError: One that cannot be had per call. What neither we nor the model know, the core refuses.
     """
     rest = dict(given)
     _refuse(rest, "encode_kwargs", ("inputs", "sentences", "show_progress_bar"))
@@ -51,7 +53,7 @@ def predict_options(given: Mapping[str, Any], *, device: Any) -> dict[str, Any]:
 
     Raises:
         KeywordError: ``show_progress_bar`` or the inputs themselves are among them.
-        ConfigError: An unknown option, or one that cannot be had per call.
+        ConfigError: One that cannot be had per call. What neither we nor the model know, the core refuses.
     """
     rest = dict(given)
     _refuse(rest, "predict_kwargs", ("inputs", "sentences", "show_progress_bar"))
@@ -119,11 +121,13 @@ def _common(rest: dict[str, Any], where: str, names: tuple[str, ...], device: An
         options["max_rows"] = size
     given = {name: rest.pop(name) for name in names if name in rest}
     options |= {name: value for name, value in given.items() if value is not None}  # None: as if it were left out
-    if rest:
-        known = ", ".join(
-            sorted((*names, "batch_size", "chunk_size", "convert_to_numpy", "convert_to_tensor", "device"))
-        )
-        raise ConfigError(f"{where}: unknown option {sorted(rest)[0]!r}; choose from {known}")
+    for name in rest:
+        if name in _PER_CALL:
+            known = sorted((*names, "batch_size", "chunk_size", "convert_to_numpy", "convert_to_tensor", "device"))
+            raise ConfigError(
+                f"{where}: unknown option {name!r}; choose from {', '.join(known)}, or what the model takes"
+            )
+    options |= rest  # the model's own, such as task; the core refuses what it does not take
     return options
 
 

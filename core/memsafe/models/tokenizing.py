@@ -50,6 +50,7 @@ class InputEncoder:
         self._ways: OrderedDict[Hashable, Way] = OrderedDict()
         self._trials: dict[Hashable, Trial] = {}
         self._cores: dict[int, ContentTokenizer] = {}
+        self._accepted: dict[Hashable, bool] = {}
         tokenizer = sbert.hf_tokenizer(model)
         self.pad_id = int(getattr(tokenizer, "pad_token_id", None) or 0)
         self.pad_type_id = int(getattr(tokenizer, "pad_token_type_id", None) or 0)
@@ -77,6 +78,19 @@ class InputEncoder:
             if len(self._ways) > _WAYS_KEPT:
                 self._ways.popitem(last=False)
             return way
+
+    def accepts(self, options: Mapping[str, Any]) -> bool:
+        """Whether the model's own preprocessing takes `options`: modules may have tasks of other names, or know none."""
+        key = frozen(options)
+        with self._choosing:
+            if key not in self._accepted:
+                try:
+                    self._preprocess([("x", "x") if self._pairs else "x"], None, options)
+                except Exception:  # whatever it raises for a name that it does not know
+                    self._accepted[key] = False
+                else:
+                    self._accepted[key] = True
+            return self._accepted[key]
 
     def extras(self, prompt: str | None, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Features beside the tokens that the model's preprocessing adds for `prompt` (modality, prompt_length)."""
