@@ -17,8 +17,6 @@ from memsafe.errors import (
     ModelError,
     ModelNotFoundError,
     ModelTooLargeError,
-    RecoveryExhaustedError,
-    StoreError,
 )
 from memsafe.events import Event, EventHook, RunReport
 
@@ -48,11 +46,9 @@ __all__ = [
     "ModelNotFoundError",
     "ModelTooLargeError",
     "RankedDocument",
-    "RecoveryExhaustedError",
     "RerankRun",
     "Reranker",
     "RunReport",
-    "StoreError",
     "__version__",
 ]
 

@@ -11,11 +11,9 @@
 
   * :class:`InputError` (also ``ValueError``): a text, pair or list cannot be used.
   * :class:`InputTooLargeError`: one input does not fit alone, whatever is tried.
-  * :class:`RecoveryExhaustedError`: memory stayed short after everything the policy allows.
   * :class:`BusyError`: the queue is full and the policy says not to wait.
   * :class:`ClosedError` (also ``RuntimeError``): used after ``close()``, or its worker has died.
   * :class:`CancelledError`: the call was cancelled before it finished.
-  * :class:`StoreError`: a file of ours on disk cannot be read or written.
   * :class:`MissingExtraError` (also ``ImportError``): an optional dependency is not installed.
 
 Messages say what was wrong, what was got, which limit it met and what to do about it. They never contain a user's text.
@@ -37,8 +35,6 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "ModelTooLargeError",
-    "RecoveryExhaustedError",
-    "StoreError",
 ]
 
 
@@ -103,12 +99,6 @@ class InputTooLargeError(MemsafeError):
     failed: list[int] = []  # noqa: RUF012 - replaced, never changed in place
 
 
-class RecoveryExhaustedError(MemsafeError):
-    """Memory stayed short after every step that the policy allows. Attribute: ``steps``, what was tried."""
-
-    steps: tuple[str, ...] = ()
-
-
 class BusyError(MemsafeError):
     """More inputs are pending than ``MemoryPolicy.max_pending`` allows, and ``on_full`` is ``"raise"``."""
 
@@ -119,10 +109,6 @@ class ClosedError(MemsafeError, RuntimeError):
 
 class CancelledError(MemsafeError):
     """The call was cancelled; its places in the queue and its memory have been given back."""
-
-
-class StoreError(MemsafeError):
-    """A file that memsafe keeps on disk cannot be read or written."""
 
 
 class MissingExtraError(MemsafeError, ImportError):

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from memsafe.engine.jobs import QUERY
+from memsafe.engine.lanes import lanes_of
 from memsafe.planning.batch import MicroBatch
+from memsafe.planning.scheduler import Scheduler, Start
+from memsafe.planning.turns import QUERY, Queues
 
 PATIENCE_S = 60.0
 """How long a test waits for what must happen; far longer than it takes, so that a busy machine does not fail it."""
@@ -68,17 +70,20 @@ class Watch:
         for model in models:
             for loaded in model._engine.models:
                 loaded.forward = self._wrapped(loaded.forward)
-            for executor in model._engine.executors:
-                executor.admit = self._recorded(executor.admit)
+        runners = [runner for model in models for runner in model._engine.runners]
+        for scheduler in {lanes_of(runner.device).scheduler for runner in runners}:
+            self._record(scheduler, [runner.tenant.queues for runner in runners])
 
-    def _recorded(self, admit: Callable[..., Any]) -> Callable[..., Any]:
-        def recorded(*args: Any, **options: Any) -> Any:
-            ticket = admit(*args, **options)
-            if ticket is not None:
-                self.granted.append(ticket.batch)
-            return ticket
+    def _record(self, scheduler: Scheduler, watched: list[Queues]) -> None:
+        decide = scheduler.next
 
-        return recorded
+        def recorded(*args: Any) -> Any:
+            action = decide(*args)
+            if isinstance(action, Start) and any(action.tenant.queues is queues for queues in watched):
+                self.granted.append(action.ticket.batch)
+            return action
+
+        scheduler.next = recorded  # type: ignore[method-assign]
 
     def _wrapped(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def watched(batch: MicroBatch, *args: Any, **options: Any) -> Any:

@@ -15,7 +15,7 @@ import pytest
 
 from memsafe import ClosedError, InputError, InputTooLargeError, MemoryPolicy
 from memsafe.engine import lanes
-from memsafe.engine.lanes import dispatcher_of
+from memsafe.engine.lanes import lanes_of
 from memsafe.planning.batch import MicroBatch
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder, SimulatedReranker
 from tests.concurrency.helpers import PATIENCE_S, Watch, occupy, pending, start, wait_until
@@ -188,15 +188,15 @@ def test_a_worker_that_dies_is_reported_to_every_waiter(
 ) -> None:
     """Whatever escapes from a micro-batch, all its callers get ClosedError that names it, and the next call works."""
     with SimulatedEmbedder(device, memory={"reserve": 0}) as embedder:
-        executor = embedder._engine.executors[0]
-        run, entered, die = executor.run, threading.Event(), threading.Event()
+        runner = embedder._engine.runners[0]
+        run, entered, die = runner.run, threading.Event(), threading.Event()
 
         def dying(*args: object) -> None:
             entered.set()
             assert die.wait(PATIENCE_S)
             raise error
 
-        executor.run = dying  # type: ignore[method-assign]
+        runner.run = dying  # type: ignore[method-assign]
         calls = [start(embedder.embed_queries, [f"text {i}"]) for i in range(5)]
         assert entered.wait(PATIENCE_S)
         wait_until(lambda: pending(embedder) <= 4, "the queries in the queue")
@@ -205,7 +205,7 @@ def test_a_worker_that_dies_is_reported_to_every_waiter(
             for call in calls:
                 failure = call.exception(PATIENCE_S)
                 assert isinstance(failure, ClosedError) and type(error).__name__ in str(failure)
-        executor.run = run  # type: ignore[method-assign]
+        runner.run = run  # type: ignore[method-assign]
         assert embedder.embed_queries(["again"]).shape == (1, 8)
 
 
@@ -214,17 +214,17 @@ def test_a_fault_while_choosing_is_reported_to_every_waiter(
 ) -> None:
     """A fault before a micro-batch is chosen reaches all who wait for that device, and the next call works."""
     with SimulatedEmbedder(device) as embedder, SimulatedReranker(device) as reranker:
-        executor = embedder._engine.executors[0]
-        admit = executor.admit
+        sizing = embedder._engine.runners[0].tenant.sizing
+        propose = sizing.propose
 
-        def broken(*args: object) -> None:
+        def broken(*args: object, **options: object) -> None:
             raise ZeroDivisionError("a fault of ours")
 
-        executor.admit = broken  # type: ignore[method-assign]
+        sizing.propose = broken  # type: ignore[method-assign]
         with caplog.at_level(logging.CRITICAL, logger="memsafe"):
             failures = [start(embedder.embed_queries, [f"text {i}"]).exception(PATIENCE_S) for i in range(4)]
         assert all(isinstance(f, ClosedError) and "ZeroDivisionError" in str(f) for f in failures)
-        executor.admit = admit  # type: ignore[method-assign]
+        sizing.propose = propose  # type: ignore[method-assign]
         assert embedder.embed_queries(["again"]).shape == (1, 8)
         assert reranker.score("q", ["a", "b"]).shape == (2,)
 
@@ -232,18 +232,18 @@ def test_a_fault_while_choosing_is_reported_to_every_waiter(
 def test_a_fault_while_choosing_harms_nobody_who_comes_later(device: SimulatedDevice) -> None:
     """The lane that met the fault is slow to tell: a call that comes meanwhile waits on, and is served."""
     with SimulatedEmbedder(device) as embedder:
-        executor, told, go = embedder._engine.executors[0], threading.Event(), threading.Event()
-        admit = executor.admit
+        sizing, told, go = embedder._engine.runners[0].tenant.sizing, threading.Event(), threading.Event()
+        propose = sizing.propose
 
-        def broken(*args: object) -> None:
-            executor.admit = lambda *args: None  # type: ignore[method-assign]
+        def broken(*args: object, **options: object) -> None:
+            sizing.propose = lambda *args, **options: None  # type: ignore[method-assign]
             raise ZeroDivisionError("a fault of ours")
 
         def slow(*args: object, **options: object) -> None:
             told.set()
             assert go.wait(PATIENCE_S)
 
-        executor.admit = broken  # type: ignore[method-assign]
+        sizing.propose = broken  # type: ignore[method-assign]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lanes.log, "error", slow)
             first = start(embedder.embed_queries, ["first"])
@@ -252,7 +252,7 @@ def test_a_fault_while_choosing_harms_nobody_who_comes_later(device: SimulatedDe
             wait_until(lambda: pending(embedder) == 2, "the later call")
             go.set()
             assert isinstance(first.exception(PATIENCE_S), ClosedError)
-            executor.admit = admit  # type: ignore[method-assign]
+            sizing.propose = propose  # type: ignore[method-assign]
             assert later.result(PATIENCE_S).shape == (1, 8)
 
 
@@ -335,10 +335,11 @@ def test_one_failing_device_is_finished_by_the_others(caplog: pytest.LogCaptureF
         many = texts(120)
         with caplog.at_level(logging.CRITICAL, logger="memsafe"):
             rows = embedder.embed_documents(many)
-        assert len(served) == 3
+        ended = len(served)
+        assert 3 <= ended <= 4  # the other lane may have had one in its hands already
         assert np.array_equal(rows, plain.embed_documents(many))
         assert np.array_equal(embedder.embed_queries(["next"]), plain.embed_queries(["next"]))
-        assert len(served) == 3
+        assert len(served) == ended
 
 
 def test_all_devices_failing_is_an_error_and_no_hang(caplog: pytest.LogCaptureFixture) -> None:
@@ -362,7 +363,7 @@ def test_all_devices_failing_is_an_error_and_no_hang(caplog: pytest.LogCaptureFi
                 assert "device-side assert" in str(call.exception(PATIENCE_S))
             later = start(embedder.embed_queries, ["later"]).exception(PATIENCE_S)
         assert "device-side assert" in str(later)
-        in_flight = [dispatcher_of(each)._in_flight for each in devices]
+        in_flight = [lanes_of(each).scheduler.in_flight for each in devices]
         wait_until(lambda: not any(in_flight), "nothing in flight")  # a lane may still be leaving when its calls know
 
 
@@ -379,7 +380,7 @@ def test_garbage_collection_under_any_lock_closes_what_was_dropped() -> None:
             with engine.backlog.lock:
                 job = engine.start(1, prompt=None, urgent=False, max_rows=None)
                 engine.feed(job, ["wakes a lane"], None)
-                time.sleep(0.2)  # by now a lane waits for this queue, with the dispatcher's lock in its hand
+                time.sleep(0.2)  # by now a lane waits for this queue, or looks at the device
                 dropped.clear()
             return job
 

@@ -11,6 +11,8 @@ import pytest
 
 from memsafe import Embedder, Reranker
 from memsafe.config import MiB
+from memsafe.engine.lanes import lanes_of
+from memsafe.planning.sizing import Pending, Size
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder, SimulatedReranker
 from tests.concurrency.helpers import PATIENCE_S, Watch, occupy, pending, start, wait_until
 from tests.concurrency.test_priorities import texts
@@ -40,14 +42,15 @@ def test_a_report_says_how_many_ran_side_by_side() -> None:
 def test_lanes_know_what_others_are_trying() -> None:
     """While sizes are still looked for, the first micro-batch is told that nobody tries a size, those beside it that one does."""
     with SimulatedEmbedder(Cores("4GiB", kind="cpu")) as embedder:
-        (executor,) = embedder._engine.executors
-        admit, told = executor.admit, []
+        (runner,) = embedder._engine.runners
+        scheduler, sizing = lanes_of(runner.device).scheduler, runner.tenant.sizing
+        propose, told = sizing.propose, []
 
-        def recorded(in_flight: int, busy: int, lanes: int, trying: bool) -> object:
-            told.append((busy, trying))
-            return admit(in_flight, busy, lanes, trying)
+        def recorded(pending: Pending, *, capped: bool = False) -> Size | None:
+            told.append((len(scheduler.in_flight), pending.trying))
+            return propose(pending, capped=capped)
 
-        executor.admit = recorded  # type: ignore[method-assign,assignment]
+        sizing.propose = recorded  # type: ignore[method-assign]
         embedder.run(texts(400, words=40))
     assert told[0] == (0, False)
     assert any(trying for busy, trying in told if busy) and not any(trying for busy, trying in told if not busy)
@@ -185,5 +188,5 @@ def test_embedder_and_reranker_in_both_worlds(minilm: str, demo_reranker: str) -
         for i in range(4):
             assert np.abs(threads[i].result(PATIENCE_S) - rows[i:]).max() < 1e-5
             assert np.abs(threads[4 + i].result(PATIENCE_S) - scores[i:]).max() < 1e-5
-        lanes = max(e.lanes[0] for model in (embedder, reranker) for e in model._engine.executors)
+        lanes = max(e.tenant.sizing.lanes[0] for model in (embedder, reranker) for e in model._engine.runners)
         assert watch.most <= max(lanes, embedder._engine.models[0].device.num_cores) + 1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from memsafe.errors import BusyError, ClosedError, InputError, InputTooLargeError, RecoveryExhaustedError
+from memsafe.errors import BusyError, ClosedError, InputError, InputTooLargeError
 from memsafe.machine.refusals import is_out_of_memory
 
 ACCELERATOR_ERROR: type[RuntimeError] = getattr(torch, "AcceleratorError", RuntimeError)  # torch >= 2.8
@@ -166,7 +166,7 @@ def test_windows_codes(code: int, means_it: bool) -> None:
         ImportError("std::bad_alloc"),
         InputError("input 3 is about CUDA out of memory", index=3),
         InputTooLargeError("input 4 needs 9 GiB alone; CUDA out of memory", index=4),
-        RecoveryExhaustedError("CUDA out of memory"),
+        InputTooLargeError("CUDA out of memory", index=0, num_tokens=1, need_bytes=2, free_bytes=1),
         BusyError("CUDA out of memory"),
         ClosedError("CUDA out of memory"),
         KeyboardInterrupt(),

@@ -24,6 +24,7 @@ from memsafe.machine.store import CostStore, Store
 from memsafe.models.selfcheck import CheckStore, SelfCheck
 from memsafe.planning.batch import BatchShape
 from memsafe.planning.cost import CostKey, CostModel, CostPrior
+from memsafe.planning.speed import Sample
 
 KEY = CostKey("some/model", "abc", "float32", "sdpa", "packed", "cpu", "2.13.0")
 CHECK_KEY = ("embedding", "some/model", "abc", "torch.float32", "cpu")
@@ -33,7 +34,8 @@ CHECK = SelfCheck(True, True, "", 1.5e-7, 0.25, True, "first")
 def model(key: CostKey = KEY, tokens: int = 512) -> CostModel:
     made = CostModel(key, CostPrior(0.0, 17_000.0, 0.0, 0.0))
     made.observe(BatchShape(tokens, 4, tokens * tokens // 4, tokens // 4), tokens * 18_000, tokens * 19_000)
-    made.target_tokens = 1024
+    made.lanes = 2
+    made.speed.observe(Sample(tokens, tokens * 1e-5, 1e-3))
     return made
 
 
@@ -382,7 +384,7 @@ else:
         os.chown(sys.argv[1], 65534, 65534)
         os.chown(store.path(model.key), 65534, 65534)
         os.seteuid(65534)
-model.target_tokens = 512
+model.lanes = 4
 print(store.save(model), store.save(model), store.path(model.key).read_bytes() == before, len(os.listdir(sys.argv[1])))
 """
 
@@ -528,6 +530,12 @@ def test_any_figures_are_a_model_or_nothing(data: st.DataObject) -> None:
     row = st.tuples(extremes, extremes, st.just(0) | extremes, extremes, st.none() | extremes, st.none() | extremes)
     value["observations"] = data.draw(st.lists(row | row.map(lambda r: (*r[:4], 0, 0)), max_size=64))
     value["worst"] = data.draw(st.sampled_from([0, 0.0, 0.01, 1.0, 1e6, 1e18, 1e300, 1e308]))
-    value["target_tokens"], value["lanes"] = data.draw(st.none() | extremes), data.draw(st.none() | extremes)
+    value["lanes"] = data.draw(st.none() | extremes)
+    seconds = st.sampled_from([5e-324, 1e-300, 1e-9, 0.5, 999_999.0])
+    value["speed"] = {
+        "points": data.draw(st.lists(st.tuples(extremes, seconds, st.integers(1, 1000)), max_size=20)),
+        "attention": data.draw(st.sampled_from([0.5, 2.0, 8.0])),
+        "host_seconds": data.draw(st.sampled_from([0, 5e-324, 1e-3, 999_999.0])),
+    }
     value["probes"] = data.draw(st.lists(extremes, max_size=7))
     check_load(costs, json.dumps(value).encode())

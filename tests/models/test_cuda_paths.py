@@ -9,15 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from memsafe.engine.admission import MOST_ROWS
 
 from memsafe import Embedder, MemoryPolicy, ModelTooLargeError
 from memsafe.attention import kernels
-from memsafe.engine.runner import Executor
 from memsafe.engine.sinks import HostCopy
 from memsafe.machine.device import CpuDevice
 from memsafe.models import model, selfcheck
 from memsafe.models.model import LoadedModel
+from memsafe.planning.budget import MemoryBudget
+from memsafe.planning.cost import CostModel
+from memsafe.planning.scheduler import Tenant
+from memsafe.planning.traits import Traits
+from memsafe.planning.turns import Queues
+from memsafe.testing import SimulatedDevice, SimulatedModel
 from tests.tiny_models import needs_interface, save_embedder
 
 CUDA = torch.device("cuda", 0)
@@ -190,14 +194,16 @@ def test_micro_batches_fit_a_launch_grid() -> None:
     """On a card no micro-batch has more sequences than a kernel can be launched for, whatever a caller allows."""
 
     def most(kind: str, max_rows: int | None) -> int | None:
-        executor = Executor.__new__(Executor)
-        executor.device = types.SimpleNamespace(kind=kind)  # type: ignore[assignment]
-        executor.model = types.SimpleNamespace(packed=True, pad_multiple=1)
-        executor._planners = {}
-        return executor.planner(max_rows).max_rows
+        loaded = SimulatedModel(SimulatedDevice(kind=kind))
+        cost, budget = (
+            CostModel(loaded.cost_key(), loaded.cost_prior()),
+            MemoryBudget(limit_bytes=None, reserve_bytes=0),
+        )
+        return Tenant(loaded, Traits.of(kind, 1), MemoryPolicy(), cost, budget, Queues()).planner(max_rows).max_rows
 
-    assert MOST_ROWS < 65536
-    assert (most("cuda", None), most("cuda", 100_000), most("cuda", 7)) == (MOST_ROWS, MOST_ROWS, 7)
+    limit = Traits.of("cuda", 1).most_rows
+    assert limit is not None and limit < 65536
+    assert (most("cuda", None), most("cuda", 100_000), most("cuda", 7)) == (limit, limit, 7)
     assert (most("cpu", None), most("cpu", 100_000)) == (None, 100_000)
 
 

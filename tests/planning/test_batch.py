@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memsafe.planning.batch import BatchPlan, BatchShape, MicroBatch, TokenizedInput
+from memsafe.planning.batch import BatchShape, MicroBatch, TokenizedInput
 
 lengths_of = st.lists(st.integers(0, 9000), min_size=1, max_size=60)
 
@@ -96,13 +96,3 @@ def test_one_input_cannot_be_split() -> None:
     """Splitting a batch of one is a programming error and says so."""
     with pytest.raises(ValueError, match="one input"):
         micro_batch([5]).split()
-
-
-def test_a_plan_knows_its_padding() -> None:
-    """Padding as a fraction of what is computed: 4 of 20 tokens here, none if packed, none in an empty plan."""
-    assert BatchPlan(
-        (micro_batch([5, 3], packed=False), micro_batch([5, 3], packed=False))
-    ).padding_ratio == pytest.approx(0.2)
-    assert BatchPlan((micro_batch([5, 3]),)).padding_ratio == 0.0
-    assert BatchPlan(()).padding_ratio == 0.0
-    assert BatchPlan((micro_batch([5, 3]), micro_batch([2]))).num_tokens == 10

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from memsafe.planning.batch import BatchShape
 from memsafe.planning.cost import PROBES, CostKey, CostModel, CostPrior
 from memsafe.planning.fit import fit, non_negative_least_squares
+from memsafe.planning.speed import Sample
 
 KEY = CostKey("some/model", "abc", "float32", "sdpa", "packed", "cpu", "2.13.0")
 MINILM: dict[str, Any] = {
@@ -398,15 +399,19 @@ def test_the_token_ceiling_never_excludes_what_fits(lengths: list[int], budget: 
 
 
 def test_everything_learnt_survives_json() -> None:
-    """A model read back predicts, bounds and probes exactly as the one that was written, and knows its knee."""
+    """A model read back predicts, bounds and probes exactly as the one that was written, and knows how fast it is."""
     truth = Truth(4, "packed", 0.01)
     model = truth.probed()
     model.observe(packed(50, 50), np.int64(3_000_000), np.int64(4_000_000))
-    model.target_tokens, model.lanes = 2048, 2
+    model.lanes = 2
+    for tokens in (500, 1000, 1000, 2100):
+        model.speed.observe(Sample(tokens, 1e-3 + tokens * 1e-6, 2e-3))
     back = CostModel.from_json(model.to_json())
     assert back.key == model.key
     assert back.prior == model.prior
-    assert (back.target_tokens, back.lanes) == (2048, 2)
+    assert back.lanes == 2
+    assert back.speed.points == model.speed.points and len(back.speed.points) == 3
+    assert back.speed.host_seconds == model.speed.host_seconds
     for shape in truth.held_out():
         assert back.predict(shape) == model.predict(shape)
         assert back.resident_bound(shape) == model.resident_bound(shape)
@@ -448,8 +453,9 @@ def _damage(**changes: Any) -> str:
         _damage(worst=-1),
         _damage(worst="much"),
         _damage(worst=math.inf),
-        _damage(target_tokens=0),
-        _damage(target_tokens="many"),
+        _damage(speed=None),
+        _damage(speed={"points": [[512, 0, 1]], "attention": 2.0, "host_seconds": 0}),
+        _damage(speed={"points": "many", "attention": 2.0, "host_seconds": 0}),
         _damage(lanes=1.5),
         _damage(lanes=True),
     ],

@@ -25,8 +25,17 @@ def items(lengths: list[int]) -> list[TokenizedInput]:
     return [TokenizedInput(index, None, num_tokens=length) for index, length in enumerate(lengths)]
 
 
-def lengths_of(batches: tuple[MicroBatch, ...]) -> list[list[int]]:
-    return [batch.lengths for batch in batches]
+def cut(
+    planner: BatchPlanner, inputs: list[TokenizedInput], *, cost: CostModel, budget_bytes: int, max_tokens: int
+) -> list[MicroBatch]:
+    """All of `inputs`, taken micro-batch by micro-batch."""
+    backlog, start, batches = planner.order(inputs), 0, []
+    while start < len(backlog):
+        batch = planner.take(backlog, start, cost=cost, budget_bytes=budget_bytes, max_tokens=max_tokens)
+        assert len(batch) >= 1
+        batches.append(batch)
+        start += len(batch)
+    return batches
 
 
 def test_order_is_longest_first_and_stable() -> None:
@@ -56,9 +65,9 @@ def test_plans_of_at_most_ten_tokens(
 ) -> None:
     """The exact cuts: packed by the sum of lengths, padded by rows times the longest, and never more than max_rows."""
     planner = BatchPlanner(packed, multiple, max_rows)
-    plan = planner.plan(items(lengths), cost=cost(), budget_bytes=EVERYTHING, max_tokens=10)
-    assert lengths_of(plan.micro_batches) == expected
-    assert all(batch.packed is packed for batch in plan.micro_batches)
+    batches = cut(planner, items(lengths), cost=cost(), budget_bytes=EVERYTHING, max_tokens=10)
+    assert [batch.lengths for batch in batches] == expected
+    assert all(batch.packed is packed for batch in batches)
 
 
 def test_the_budget_cuts_where_the_bound_says() -> None:
@@ -93,8 +102,9 @@ def test_taking_from_the_middle_and_past_the_end() -> None:
 def test_inputs_of_no_tokens_are_planned_too() -> None:
     """Empty inputs are rows like others, and end."""
     for packed in (True, False):
-        plan = BatchPlanner(packed, 8).plan(items([0, 0, 0, 5]), cost=cost(), budget_bytes=EVERYTHING, max_tokens=16)
-        assert sorted(item.index for batch in plan.micro_batches for item in batch.items) == [0, 1, 2, 3]
+        planner = BatchPlanner(packed, 8)
+        batches = cut(planner, items([0, 0, 0, 5]), cost=cost(), budget_bytes=EVERYTHING, max_tokens=16)
+        assert sorted(item.index for batch in batches for item in batch.items) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("options", [{"multiple": 0}, {"max_rows": 0}, {"max_rows": -3}])
@@ -127,25 +137,26 @@ def test_every_input_exactly_once_and_never_above_what_is_allowed(
     same again when asked again."""
     planner, model = BatchPlanner(packed, multiple, max_rows), cost(1500.0, 100.0, square)
     inputs = items(lengths)
-    plan = planner.plan(inputs, cost=model, budget_bytes=budget, max_tokens=max_tokens)
-    planned = [item for batch in plan.micro_batches for item in batch.items]
+    batches = cut(planner, inputs, cost=model, budget_bytes=budget, max_tokens=max_tokens)
+    planned = [item for batch in batches for item in batch.items]
     assert sorted(item.index for item in planned) == list(range(len(lengths)))
     assert [item.num_tokens for item in planned] == sorted(lengths, reverse=True)
-    for batch in plan.micro_batches:
+    for batch in batches:
         assert len(batch) >= 1
         assert max_rows is None or len(batch) <= max_rows
         if len(batch) > 1:
             assert batch.shape.tokens <= max_tokens
             assert model.resident_bound(batch.shape) <= budget
-    again = planner.plan(inputs, cost=model, budget_bytes=budget, max_tokens=max_tokens)
-    assert [batch.items for batch in again.micro_batches] == [batch.items for batch in plan.micro_batches]
+    again = cut(planner, inputs, cost=model, budget_bytes=budget, max_tokens=max_tokens)
+    assert [batch.items for batch in again] == [batch.items for batch in batches]
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 2000))
 def test_a_packed_micro_batch_is_as_full_as_its_inputs_allow(lengths: list[int], max_tokens: int) -> None:
     """One input more would pass max_tokens, so every micro-batch but the last is more than half full, or a single input."""
-    plan = BatchPlanner(packed=True).plan(items(lengths), cost=cost(), budget_bytes=EVERYTHING, max_tokens=max_tokens)
-    for batch, following in zip(plan.micro_batches, plan.micro_batches[1:], strict=False):
+    planner = BatchPlanner(packed=True)
+    batches = cut(planner, items(lengths), cost=cost(), budget_bytes=EVERYTHING, max_tokens=max_tokens)
+    for batch, following in zip(batches, batches[1:], strict=False):
         assert batch.num_tokens + following.lengths[0] > max_tokens
         assert batch.num_tokens > max_tokens / 2
 
@@ -155,6 +166,6 @@ def test_planning_costs_microseconds_per_input() -> None:
     lengths = np.clip(np.random.default_rng(0).lognormal(4.4, 0.8, 100_000), 3, 8192).astype(int).tolist()
     inputs = items(lengths)
     started = time.process_time()
-    plan = BatchPlanner(packed=True).plan(inputs, cost=cost(), budget_bytes=EVERYTHING, max_tokens=16_384)
+    batches = cut(BatchPlanner(packed=True), inputs, cost=cost(), budget_bytes=EVERYTHING, max_tokens=16_384)
     assert time.process_time() - started < 1.0
-    assert plan.num_tokens == sum(lengths)
+    assert sum(batch.num_tokens for batch in batches) == sum(lengths)

@@ -29,7 +29,7 @@ RELEASE, RETRY, SHRINK, SPLIT = ReleaseCache(), Retry(), ShrinkBudget(), Split()
 
 def failure(tokens: int = 100, rows: int = 1, attempt: int = 1, **changes: object) -> Failure:
     shape = BatchShape(tokens, rows, tokens * tokens, tokens)
-    made = Failure(shape=shape, attempt=attempt, alone=rows == 1, tokens=tokens, device_kind="cuda")
+    made = Failure(shape=shape, attempt=attempt, alone=rows == 1, tokens=tokens)
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
 
@@ -94,11 +94,11 @@ def test_waits_are_two_seconds_at_most() -> None:
         (("cpu", "chunk"), {}, ["chunk", "cpu"]),
         (FALLBACKS, {}, ["chunk", "half", "cpu"]),
         (FALLBACKS, {"half": True}, ["chunk", "cpu"]),
-        (FALLBACKS, {"device_kind": "cpu"}, ["chunk", "half"]),
-        (FALLBACKS, {"device_kind": "cpu", "half": True}, ["chunk"]),
+        (FALLBACKS, {"rungs_impossible": ("cpu",)}, ["chunk", "half"]),
+        (FALLBACKS, {"rungs_impossible": ("cpu",), "half": True}, ["chunk"]),
         (FALLBACKS, {"rungs_impossible": ("chunk",)}, ["half", "cpu"]),
         (FALLBACKS, {"rungs_used": ("chunk", "half")}, ["cpu"]),
-        (("cpu",), {"device_kind": "cpu"}, []),
+        (("cpu",), {"rungs_impossible": ("cpu",)}, []),
     ],
 )
 def test_rungs_are_those_allowed_and_possible_in_order(
@@ -126,7 +126,7 @@ def test_giving_up_names_what_was_tried_and_what_would_help() -> None:
         "one input of 8,192 tokens: released the cache and retried, waited 1.0 s, fell back to 'chunk'; lower "
         "max_length, or allow more fallbacks: MemoryPolicy(fallback=('chunk', 'half', 'cpu'))"
     )
-    on_cpu = fail_for_good(policy, failure(8192, device_kind="cpu", half=True))[-1][-1]
+    on_cpu = fail_for_good(policy, failure(8192, rungs_impossible=("cpu",), half=True))[-1][-1]
     assert on_cpu == GiveUp(
         "one input of 8,192 tokens: released the cache and retried, fell back to 'chunk'; lower max_length"
     )
@@ -156,24 +156,24 @@ def test_actions_are_named_for_reports() -> None:
     fallback=st.sets(st.sampled_from(FALLBACKS)),
     wait_s=st.floats(0, 100) | st.sampled_from([0.0, 1e-9, 0.001, 0.05]),
     neighbours=st.booleans(),
-    kind=st.sampled_from(["cuda", "cpu", "mps", "xpu"]),
+    impossible=st.sets(st.sampled_from(FALLBACKS)),
     half=st.booleans(),
     tokens=st.integers(1, 100_000),
 )
 def test_one_input_always_comes_to_an_end(
-    fallback: set[str], wait_s: float, neighbours: bool, kind: str, half: bool, tokens: int
+    fallback: set[str], wait_s: float, neighbours: bool, impossible: set[str], half: bool, tokens: int
 ) -> None:
     """Whatever the policy and the device, an input that always fails is given up after a bounded number of steps, having
     waited at most wait_s and used each rung at most once."""
     policy = RecoveryPolicy(MemoryPolicy(fallback=tuple(fallback), wait_s=wait_s))
-    start = failure(tokens, has_neighbours=neighbours, device_kind=kind, half=half)
+    start = failure(tokens, has_neighbours=neighbours, rungs_impossible=tuple(impossible), half=half)
     decided = fail_for_good(policy, start, most=int(wait_s / 2) + 16)
     actions = [action for step in decided for action in step]
     assert isinstance(actions[-1], GiveUp)
     assert sum(action.seconds for action in actions if isinstance(action, Wait)) <= wait_s + 1e-9
     rungs = [action.rung for action in actions if isinstance(action, FallBack)]
     assert len(rungs) == len(set(rungs))
-    assert set(rungs) <= fallback
+    assert set(rungs) <= fallback - impossible
 
 
 # ------------------------------------------------- a fake device that carries the decisions out
