@@ -140,6 +140,24 @@ def tiny_model(
     return model.to(dtype) if dtype is not None else model
 
 
+def loaded(model: Any, **options: Any) -> Any:
+    """The LoadedModel of a folder, or of a SentenceTransformer or CrossEncoder, on the CPU, checked and not remembered.
+
+    options: of ModelSpec.
+    """
+    from sentence_transformers import CrossEncoder
+
+    from memsafe import MemoryPolicy
+    from memsafe.machine.device import open_device
+    from memsafe.models.loading import load
+    from memsafe.models.model import ModelSpec
+
+    kind = options.pop("kind", "reranker" if isinstance(model, CrossEncoder) else "embedding")
+    given = str(model) if isinstance(model, (str, Path)) else model
+    spec = ModelSpec(kind, given, options.pop("options", {}), **options)
+    return load(spec, open_device("cpu"), MemoryPolicy(learn=False), 1 << 40)
+
+
 def save_tokenizer(
     folder: Path, architecture: str = "bert", max_length: int = 256, padding_side: str = "right"
 ) -> None:

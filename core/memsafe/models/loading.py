@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from memsafe.attention import interface
 from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError, MemsafeError, ModelError, ModelNotFoundError
 from memsafe.machine.device import Device, is_out_of_memory, open_device
@@ -30,8 +29,7 @@ def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int)
         if sbert.is_reranker(spec.model) != reranker:
             other, wanted = ("Embedder", "CrossEncoder") if reranker else ("Reranker", "SentenceTransformer")
             raise ModelError(f"model: got a {type(spec.model).__name__}; give it to {other}, or give a {wanted} here")
-        _set_max_length(spec.model, spec.max_length)
-        return LoadedModel(spec.model.eval(), spec, device, policy, revision="", name=type(spec.model).__name__)
+        return LoadedModel(spec.model, spec, device, policy, revision="", name=type(spec.model).__name__)
     options = dict(spec.options)
     known = {name: options.get(name) for name in ("revision", "cache_folder")}
     backend = options.get("backend", "torch")
@@ -70,7 +68,6 @@ def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int)
         raise weights.too_large(spec.model, checkpoint, need, device.snapshot().free_bytes, device.name)
     if checkpoint is None:  # a hub id that was not on this machine before
         checkpoint = weights.inspect(spec.model, kind=spec.kind, backend=backend, **known)
-    _set_max_length(st, spec.max_length)
     return LoadedModel(st, spec, device, policy, checkpoint.revision if checkpoint else "", spec.model)
 
 
@@ -92,23 +89,3 @@ def _default_dtype(chosen: Any) -> str | None:
     """What transformers loads in when nothing is said: the stored dtype since version 5, float32 before."""
     version = importlib.import_module("transformers").__version__
     return None if chosen == "auto" or int(version.split(".")[0]) >= 5 else "float32"
-
-
-def _set_max_length(st: Any, max_length: int | None) -> None:
-    if max_length is None:
-        return
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
-        raise ConfigError(f"max_length: got {max_length!r}; give an int of at least 1, in tokens")
-    hf_model = sbert.hf_model(st)
-    positions = interface.learned_positions(hf_model) if isinstance(hf_model, torch.nn.Module) else None
-    if positions is not None and max_length > positions:
-        warnings.warn(
-            f"max_length: got {max_length}, but the model has learnt {positions} positions; inputs are cut there",
-            stacklevel=4,
-        )
-        max_length = positions
-    if hasattr(type(st), "max_seq_length"):
-        st.max_seq_length = max_length
-    else:
-        st.max_length = max_length
-        st.tokenizer.model_max_length = max_length

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +17,11 @@ from memsafe.attention import grouped, interface, kernels
 from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError
 from memsafe.machine.device import Device, is_out_of_memory, open_device
-from memsafe.models import fallbacks, fuse, sbert, weights
-from memsafe.models.packed import PackedModel
-from memsafe.models.selfcheck import CheckStore, SelfCheck, run_self_check
+from memsafe.models import checkstore, fallbacks, sbert, weights
+from memsafe.models.private import private_copy
+from memsafe.models.selfcheck import SelfCheck, run_self_check
 from memsafe.models.tokenizing import InputEncoder
+from memsafe.models.ways import Solo, Ways, rows_of_features
 from memsafe.planning.architecture import Architecture
 from memsafe.planning.batch import BatchShape, MicroBatch
 from memsafe.planning.cost import CostKey, CostPrior
@@ -44,8 +45,8 @@ class ModelSpec:
 class LoadedModel:
     """One copy of a model on one device. :meth:`forward` may be called from several threads at once.
 
-    dim: width of a row of output, or None until known. packed: whether micro-batches run without padding; `path` says
-    so with the reason. pad_multiple: what padded lengths are rounded up to.
+    st: the SentenceTransformer or CrossEncoder as it was loaded or handed in; it stays as it is. What runs is a private
+    copy of its modules over the same weights. pad_multiple: what padded lengths are rounded up to.
     """
 
     def __init__(
@@ -58,24 +59,48 @@ class LoadedModel:
         self._policy = policy
         self._torch_device = torch.device(device.name)
         self._revision = revision
+        handed_in = not isinstance(spec.model, str)
+        if not handed_in:  # then its own encode cuts where we do
+            limit_length(st, spec.max_length)
+        run = private_copy(st)
+        if handed_in:
+            limit_length(run, spec.max_length)
         self.encoder = InputEncoder(
-            st, pairs=spec.kind == "reranker", truncation=spec.truncation, query_max_length=spec.query_max_length
+            run, pairs=spec.kind == "reranker", truncation=spec.truncation, query_max_length=spec.query_max_length
         )
         if (spec.truncation != "longest_first" or spec.query_max_length) and self.encoder.mode != "fast":
             raise ConfigError(
                 f"truncation: got {spec.truncation!r}, but this model's own preprocessing must run unchanged"
             )
-        self.hf = sbert.hf_model(st)
-        self.dtype = next((p.dtype for p in st.parameters() if p.is_floating_point()), torch.float32)
+        self.ways = Ways(run, spec.kind, self.encoder, self._torch_device)
+        self.hf, self.dtype = self.ways.hf, self.ways.dtype
         self.weights_bytes = sum(t.numel() * t.element_size() for t in (*st.parameters(), *st.buffers()))
-        self._packed_model: PackedModel | None = None
-        self._host: Any = None
+        self._host: Solo | None = None
         self._host_lock = threading.Lock()
-        self._installed = False
-        self.check = self._self_check(policy)
-        self.packed = self.check.packed_ok
-        self.path = "packed" if self.packed else f"padded ({self.check.reason})"
-        self.pad_multiple = 8 if device.kind == "cuda" and not self.packed else 1
+        self._self_check(spec, policy)
+
+    @property
+    def check(self) -> SelfCheck:
+        """The way that forwards take."""
+        return self.ways.check
+
+    @property
+    def packed(self) -> bool:
+        """Whether micro-batches run without padding."""
+        return self.check.packed_ok
+
+    @property
+    def path(self) -> str:
+        """How micro-batches run, and why not packed."""
+        if self.packed:
+            return "packed"
+        if self.check.own:
+            return f"the model's own encode or predict, one input at a time ({self.check.reason})"
+        return f"{'one input at a time' if self.check.alone else 'padded'} ({self.check.reason})"
+
+    @property
+    def pad_multiple(self) -> int:
+        return 8 if self.device.kind == "cuda" and not self.packed else 1
 
     # what planning wants to know
 
@@ -184,18 +209,17 @@ class LoadedModel:
         """
         if rung == "cpu":
             return self._forward_on_host(batch, extras)
+        return self.ways.forward(batch, extras, None if rung is None else partial(self._on_rung, rung))
+
+    @contextmanager
+    def _on_rung(self, rung: str, model: Any) -> Iterator[None]:
+        """A forward of `model` within runs as `rung` of the ladder says."""
         with ExitStack() as stack:
-            if rung is not None and self.can("chunk"):  # of equal numbers, so the other rungs may as well
-                stack.enter_context(fallbacks.sliced_feed_forward(self.st))
+            if self.can("chunk"):  # of equal numbers, so the other rungs may as well
+                stack.enter_context(fallbacks.sliced_feed_forward(model))
             if rung == "half":
                 stack.enter_context(fallbacks.lower_precision(self.device.kind, self.half))
-            if self._packed_model is not None and batch.packed:
-                ids, types = self._packed_tensors(batch)
-                return self._packed_model.forward(ids, batch.lengths, types, extras)
-            features, uniform = self._padded_features(batch, extras)
-            if self.check.small_mask_ok:
-                stack.enter_context(interface.padded(uniform=uniform))
-            return final_rows_of(self.st, features)
+            yield
 
     @property
     def half(self) -> torch.dtype:
@@ -205,7 +229,8 @@ class LoadedModel:
     def can(self, rung: str) -> bool:
         """Whether a rung of the ladder exists for this model on this device."""
         if rung == "chunk":
-            return self.hf is not None and isinstance(self.st, torch.nn.Module) and fallbacks.can_slice(self.st)
+            run = self.ways.run
+            return self.hf is not None and isinstance(run, torch.nn.Module) and fallbacks.can_slice(run)
         if rung == "half":
             return self.dtype == torch.float32 and (self.device.supports("bfloat16") or self.device.supports("float16"))
         return self.device.kind != "cpu"
@@ -216,18 +241,28 @@ class LoadedModel:
 
     @torch.inference_mode()
     def _forward_on_host(self, batch: MicroBatch, extras: Mapping[str, Any]) -> Tensor:
+        cpu = torch.device("cpu")
         with self._host_lock:
             own = self.device.kind == "cpu" and self.dtype == torch.float32
             self._check_host(batch, copied=self._host is None and not own)
             if self._host is None:
-                self._host = self.st if own else fallbacks.host_copy(self.st)
-            features, _ = self._padded_features(batch, extras, torch.device("cpu"))
-            return final_rows_of(self._host, features)
+                self._host = Solo(private_copy(self.ways.run) if own else fallbacks.host_copy(self.ways.run))
+            host, count = self._host, self.ways.alone(batch.items)
+            rows = [
+                host.rows(partial(self.ways.one_on, item=item, extras=extras, device=cpu))
+                for item in batch.items[:count]
+            ]
+            if count < len(batch.items):
+                features, _ = self.ways.features(host.model, batch.items[count:], extras, cpu)
+                rows.append(rows_of_features(host.model, features))
+            return torch.cat(rows)
 
     def _check_host(self, batch: MicroBatch, *, copied: bool) -> None:
         """Raise MemoryError if the machine lacks room for `batch`, and for a copy of the weights: it would not raise."""
         host = self.device if self.device.kind == "cpu" else open_device("cpu")
-        weights = sum(t.numel() * max(t.element_size(), 4) for t in (*self.st.parameters(), *self.st.buffers()))
+        weights = sum(
+            t.numel() * max(t.element_size(), 4) for t in (*self.ways.run.parameters(), *self.ways.run.buffers())
+        )
         prior = replace(self.cost_prior(), per_square_bytes=0.0)
         shape = BatchShape.of(batch.lengths, packed=False)
         per_token = prior.per_token_bytes * 4 / self.dtype.itemsize
@@ -241,113 +276,74 @@ class LoadedModel:
         """In a forked child: locks that other threads of the parent may have held are made anew."""
         self._host_lock = threading.Lock()
         self.encoder.after_fork()
+        self.ways.after_fork()
 
     def drop_host_copy(self) -> None:
         with self._host_lock:
             self._host = None
 
     def close(self) -> None:
-        """Undo what was installed in the transformers model. The caller drops its references to free the memory."""
-        if self._installed:
-            interface.uninstall(self.hf)
-            if self.check.in_place_ok:
-                fuse.uninstall(self.hf)
-        self._installed = False
-        self._packed_model = self._host = None
-
-    # tensors
-
-    def _packed_tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        ids = self._to_device(np.concatenate([item.input_ids for item in batch.items]))
-        if batch.items[0].token_type_ids is None:
-            return ids, None
-        return ids, self._to_device(np.concatenate([item.token_type_ids for item in batch.items]))
-
-    def _to_device(self, values: Any) -> Tensor:
-        """int64 on the device. Pinned on the way to an accelerator, so that the copy does not stop the host."""
-        tensor = torch.from_numpy(values).long()
-        if self._torch_device.type == "cuda":
-            return tensor.pin_memory().to(self._torch_device, non_blocking=True)
-        return tensor.to(self._torch_device)
-
-    def _padded_features(
-        self, batch: MicroBatch, extras: Mapping[str, Any], device: torch.device | None = None
-    ) -> tuple[dict[str, Any], bool]:
-        """Features of shape (rows, width) on the device, and whether all rows have the same length."""
-        device = device or self._torch_device
-        if batch.items[0].input_ids is None:
-            raw = [item.raw for item in batch.items]
-            features = sbert.preprocess(self.st, raw, extras.get("prompt"))
-            return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in features.items()}, False
-        width = batch.shape.longest if not batch.packed else max(batch.lengths)
-        rows = len(batch.items)
-        arrays = {
-            "input_ids": np.full((rows, width), self.encoder.pad_id, dtype=np.int64),
-            "attention_mask": np.zeros((rows, width), dtype=np.int64),
-        }
-        if "token_type_ids" in self.encoder.feature_names:
-            arrays["token_type_ids"] = np.full((rows, width), self.encoder.pad_type_id, dtype=np.int64)
-        for row, item in enumerate(batch.items):
-            place = slice(width - item.num_tokens, width) if self.encoder.pad_left else slice(0, item.num_tokens)
-            arrays["input_ids"][row, place] = np.asarray(item.input_ids)
-            arrays["attention_mask"][row, place] = 1
-            if "token_type_ids" in arrays:
-                types = item.token_type_ids
-                arrays["token_type_ids"][row, place] = np.asarray(0 if types is None else types)
-        there = device == self._torch_device
-        tensors = {n: self._to_device(a) if there else torch.from_numpy(a).to(device) for n, a in arrays.items()}
-        return {**extras, **tensors}, min(batch.lengths) == width
+        """Let go of what is beside the weights. The caller drops its references to free those."""
+        self._host = None
+        self.ways.uninstall()
 
     # the self-check
 
-    def _self_check(self, policy: MemoryPolicy) -> SelfCheck:
-        """Decide packed or padded for this very model; remembered by revision, so that a second load is quick."""
-        if self.encoder.mode == "opaque" or self.hf is None or not isinstance(self.hf, torch.nn.Module):
-            return SelfCheck(False, False, "the model does not run on token ids through transformers")
-        installed = interface.install(self.hf)
-        if not installed:
-            return SelfCheck(False, False, installed.reason)
-        store = self._check_store(policy)
-        check = store.load() if store is not None else None
-        if check is None:
-            check = self._run_self_check()
-            if self.device.kind == "cpu" and policy.release != "never":
-                self.device.release()  # 55 MiB after MiniLM's, which the heap would keep
-            if store is not None:
-                store.save(check)
-        if not check.packed_ok and not check.small_mask_ok:
-            interface.uninstall(self.hf)
-        else:
-            self._installed = True
-            if check.in_place_ok:
-                fuse.install(self.hf)
-        if check.packed_ok:
-            self._packed_model = PackedModel(self.st, head=check.head)
-        return check
+    def _self_check(self, spec: ModelSpec, policy: MemoryPolicy) -> None:
+        """Find this very model's way; remembered by everything that can change rows, so that a second load is quick."""
+        store = self._check_store(spec, policy)
+        known = store.load() if store is not None else None
+        if known is not None:
+            self.ways.use(known)
+            return
+        check = self._run_self_check()
+        if self.device.kind == "cpu" and policy.release != "never":
+            self.device.release()  # 55 MiB after MiniLM's, which the heap would keep
+        if store is not None:
+            store.save(check)
 
-    def _check_store(self, policy: MemoryPolicy) -> CheckStore | None:
-        """Where the check of this model is remembered; None for a model without a revision, or if nothing may be."""
+    def _check_store(self, spec: ModelSpec, policy: MemoryPolicy) -> checkstore.CheckStore | None:
+        """Where the check of this model is remembered; None for one that was handed in loaded, or if nothing may be."""
         if not self._revision or not policy.learn:
             return None
-        return CheckStore([self.kind, self.name, self._revision, str(self.dtype), _card(self.device)])
+        key = checkstore.check_key(
+            model=self.ways.run,
+            spec={**vars(spec), "model": self.name, "options": dict(spec.options)},
+            revision=self._revision,
+            card=_card(self.device),
+            tokenizer=self.ways.tokenizer,
+            tokens=self.encoder.mode,
+        )
+        return checkstore.CheckStore(key)
 
     def _run_self_check(self) -> SelfCheck:
         """Once more after an out-of-memory error; a neighbour may have come. Raises :class:`ModelTooLargeError`."""
         for _ in range(2):
             try:
-                return run_self_check(self.st)
+                return run_self_check(self.ways)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
             self.device.release()  # outside the block above, whose traceback holds the failed tensors
-        interface.uninstall(self.hf)
+        self.ways.uninstall()
         raise weights.too_large(self.name, None, 0, self.device.snapshot().free_bytes, self.device.name)
 
 
-def final_rows_of(st: Any, features: Mapping[str, Any]) -> Tensor:
-    """Rows of a padded forward of a whole model, always of rank 2."""
-    rows = sbert.forward(st, features)
-    return rows[:, None] if rows.ndim == 1 else rows
+def limit_length(run: Any, max_length: int | None) -> None:
+    """Cut inputs of `run`, a private copy, after `max_length` tokens; and where a learned table of positions ends,
+    whether that length was given or saved with the model. Raises :class:`ConfigError` for what is no length."""
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+        raise ConfigError(f"max_length: got {max_length!r}; give an int of at least 1, in tokens")
+    hf_model = sbert.hf_model(run)
+    positions = interface.learned_positions(hf_model) if isinstance(hf_model, torch.nn.Module) else None
+    saved = sbert.max_length(run)
+    length = saved if max_length is None else max_length
+    if positions is not None and length is not None and length > positions:
+        whose = "max_length: got" if max_length is not None else "the model was saved with a maximum length of"
+        warnings.warn(f"{whose} {length}, but it has learnt {positions} positions; inputs are cut there", stacklevel=5)
+        length = positions
+    if length != saved and length is not None:
+        sbert.set_max_length(run, length)
 
 
 def _card(device: Device) -> str:

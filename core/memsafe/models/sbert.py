@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["forward", "hf_model", "hf_tokenizer", "is_reranker", "preprocess", "prompt_features", "resolve_prompt"]
+__all__ = [
+    "forward",
+    "hf_model",
+    "hf_tokenizer",
+    "is_reranker",
+    "max_length",
+    "own_rows",
+    "preprocess",
+    "prompt_features",
+    "resolve_prompt",
+    "set_max_length",
+]
 
 Pair = tuple[str, str]
 
@@ -35,6 +47,28 @@ def hf_tokenizer(model: Any) -> Any | None:
     """The transformers tokenizer inside, or None."""
     tokenizer = getattr(_first(model) if _has_modules(model) else model, "tokenizer", None)
     return tokenizer if hasattr(tokenizer, "model_max_length") else None
+
+
+def max_length(model: Any) -> int | None:
+    """Tokens after which `model` cuts inputs; None if it takes any length (transformers says 10**30 for "unknown")."""
+    tokenizer = hf_tokenizer(model)
+    length = getattr(model, "max_seq_length", None)
+    if length is None:
+        length = getattr(model, "max_length", None) or getattr(tokenizer, "model_max_length", None)
+    return int(length) if length is not None and length < 10**9 else None
+
+
+def set_max_length(model: Any, tokens: int) -> None:
+    """Let `model`, a private copy, cut inputs after `tokens` tokens, without changing the original's tokenizer."""
+    holder = _first(model) if _has_modules(model) else model
+    for name in ("processor", "tokenizer"):
+        if name in vars(holder):
+            vars(holder)[name] = copy.deepcopy(vars(holder)[name])
+    if hasattr(type(model), "max_seq_length"):
+        model.max_seq_length = tokens
+    else:
+        model.max_length = tokens
+        model.tokenizer.model_max_length = tokens
 
 
 def preprocess(model: Any, inputs: Sequence[Any], prompt: str | None) -> dict[str, Any]:
@@ -70,6 +104,27 @@ def forward(model: Any, features: Mapping[str, Any]) -> torch.Tensor:
     out = model(dict(features))
     embeddings: torch.Tensor = out["sentence_embedding"]
     return embeddings
+
+
+def own_rows(
+    model: Any,
+    inputs: Sequence[Any],
+    *,
+    kind: str | None = None,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+) -> torch.Tensor:
+    """Rows of `inputs` by the model's own ``encode``, ``encode_query``, ``encode_document`` or ``predict``, one input at
+    a time, on its device: (inputs, dim), or (inputs, labels) or (inputs,) raw scores."""
+    given = {"prompt": prompt, "prompt_name": prompt_name}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options |= {"batch_size": 1, "show_progress_bar": False, "convert_to_tensor": True}
+    if is_reranker(model):
+        scores: torch.Tensor = model.predict(list(inputs), activation_fn=torch.nn.Identity(), **options)
+        return scores
+    method = {None: "encode", "query": "encode_query", "document": "encode_document"}[kind]
+    rows: torch.Tensor = getattr(model, method)(list(inputs), normalize_embeddings=False, **options)
+    return rows
 
 
 def resolve_prompt(model: Any, prompt: str | None, prompt_name: str | None, kind: str | None) -> str | None:

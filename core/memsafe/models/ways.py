@@ -1,0 +1,277 @@
+"""How the forwards of one model run: packed, padded, one input at a time, or by the model's own methods."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from memsafe.attention import interface
+from memsafe.models import collate, fuse, sbert
+from memsafe.models.packed import PackedModel
+from memsafe.models.private import ForwardState, length_switch, private_copy
+from memsafe.models.selfcheck import SelfCheck
+from memsafe.models.tokenizing import InputEncoder
+from memsafe.models.trials import Call
+from memsafe.planning.batch import MicroBatch, TokenizedInput
+
+__all__ = ["Solo", "Ways", "rows_of_features"]
+
+UNCHECKED = SelfCheck(False, False, "not checked yet")
+
+
+class Solo:
+    """A model that runs one input at a time, and finds itself in the same state before each."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._state = ForwardState(model)
+        self._lock = threading.Lock()
+
+    def rows(self, forward: Callable[[Any], Tensor]) -> Tensor:
+        """``forward(model)``, with nobody beside it."""
+        with self._lock:
+            try:
+                return forward(self.model)
+            finally:
+                self._state.restore()
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+
+
+class Ways:
+    """A private copy of a SentenceTransformer or CrossEncoder (`run`), and the way it takes (`check`).
+
+    A :class:`memsafe.models.selfcheck.Subject`: the check tries ways by :meth:`use`. limit: tokens beyond which inputs
+    run alone, since they change what runs with them; None without.
+    """
+
+    def __init__(self, run: Any, kind: str, encoder: InputEncoder, device: torch.device) -> None:
+        self.run = run
+        self.kind = kind
+        self.encoder = encoder
+        self.check = UNCHECKED
+        self.device_of_rows = device
+        self.hf = sbert.hf_model(run)
+        self.tokenizer = sbert.hf_tokenizer(run)
+        self.dtype = next((p.dtype for p in run.parameters() if p.is_floating_point()), torch.float32)
+        self.max_length = encoder.max_length
+        self._packed: PackedModel | None = None
+        self._last: tuple[Any, ...] | None = None
+        """What :meth:`pack` did last; only while a check runs."""
+        self._installed = False
+        self._own_mode = encoder.mode
+        self.refusal = self._refusal()
+        self.can_fuse = not self.refusal and fuse.install(self.hf) > 0
+        if self.can_fuse:
+            fuse.uninstall(self.hf)
+        self.limit = self._limit()
+        self._solo: Solo | None = None if self.limit is None else Solo(private_copy(run))
+
+    @property
+    def encoder_module(self) -> Any:
+        """The transformers encoder inside; None without."""
+        return self.hf.base_model if isinstance(self.hf, nn.Module) and hasattr(self.hf, "base_model") else None
+
+    def _refusal(self) -> str:
+        """Why our attention and masks cannot be tried; "" if they can."""
+        if self.encoder.mode == "opaque" or not isinstance(self.hf, nn.Module):
+            return "the model does not run on token ids through transformers"
+        installed = interface.install(self.hf)
+        if installed:
+            interface.uninstall(self.hf)
+        return installed.reason
+
+    def _limit(self) -> int | None:
+        limit = length_switch(self.run)
+        if limit is None or (self.max_length is not None and self.max_length <= limit):
+            return None
+        return 0 if self.encoder.mode == "opaque" else limit
+
+    # which way
+
+    def use(self, check: SelfCheck) -> None:
+        """Take the way `check` from now on. Raises NotImplementedError where it does not exist."""
+        self.uninstall()
+        self.check = check
+        self.encoder.mode = "opaque" if check.own else self._own_mode
+        if check.packed_ok or check.small_mask_ok:
+            self._installed = bool(interface.install(self.hf))
+            if check.in_place_ok:
+                fuse.install(self.hf)
+        if check.packed_ok:
+            self._packed = PackedModel(self.run, head=check.head)
+        if check.alone and self._solo is None:
+            self._solo = Solo(private_copy(self.run))
+        if self._solo is not None and getattr(self._solo.model, "truncate_dim", None) is not None:
+            self._solo.model.truncate_dim = None
+
+    def uninstall(self) -> None:
+        """Leave `run` as a private copy is made."""
+        if self._installed:
+            fuse.uninstall(self.hf)
+            interface.uninstall(self.hf)
+        self._installed, self._packed, self._last = False, None, None
+
+    def after_fork(self) -> None:
+        if self._solo is not None:
+            self._solo.after_fork()
+
+    # forwards
+
+    def alone(self, items: Sequence[TokenizedInput]) -> int:
+        """How many of `items`, longest first, must run alone."""
+        if self.check.alone:
+            return len(items)
+        return 0 if self.limit is None else sum(item.num_tokens > self.limit for item in items)
+
+    def forward(
+        self, batch: MicroBatch, extras: Mapping[str, Any], around: Callable[[Any], Any] | None = None
+    ) -> Tensor:
+        """Rows of `batch`, shape (len(batch), dim or labels). around: a context manager for each forward, of its model."""
+        count = self.alone(batch.items)
+        found = [self._one(item, extras, around) for item in batch.items[:count]]
+        if count < len(batch.items):
+            rest = MicroBatch(batch.items[count:], batch.packed, batch.multiple) if count else batch
+            if around is None:
+                found.append(self._together(rest, extras))
+            else:
+                with around(self.run):
+                    found.append(self._together(rest, extras))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _together(self, batch: MicroBatch, extras: Mapping[str, Any]) -> Tensor:
+        if self._packed is not None and batch.packed:
+            return self._packed.forward(*_end_to_end(batch), extras)
+        features, uniform = self.features(self.run, batch.items, extras, self.device_of_rows, batch.multiple)
+        if not self.check.small_mask_ok:
+            return rows_of_features(self.run, features)
+        with interface.padded(uniform=uniform):
+            return rows_of_features(self.run, features)
+
+    def _one(
+        self, item: TokenizedInput, extras: Mapping[str, Any], around: Callable[[Any], Any] | None = None
+    ) -> Tensor:
+        if self._solo is None:
+            raise NotImplementedError("no copy of the model that runs inputs alone")
+
+        def forward(model: Any) -> Tensor:
+            return self.one_on(model, item, extras, self.device_of_rows)
+
+        def wrapped(model: Any) -> Tensor:
+            with around(model):  # type: ignore[misc]
+                return forward(model)
+
+        return self._solo.rows(forward if around is None else wrapped)
+
+    def one_on(self, model: Any, item: TokenizedInput, extras: Mapping[str, Any], device: torch.device) -> Tensor:
+        """The row of `item` by `model`'s own code on `device`, shape (1, dim or labels)."""
+        if self.check.own:
+            prompt = extras.get("prompt") or ""
+            rows = sbert.own_rows(model, [item.raw], kind=extras.get("task"), prompt=prompt)
+            return rows[:, None] if rows.ndim == 1 else rows
+        return rows_of_features(model, self.features(model, [item], extras, device)[0])
+
+    def features(
+        self,
+        model: Any,
+        items: Sequence[TokenizedInput],
+        extras: Mapping[str, Any],
+        device: torch.device,
+        multiple: int = 1,
+    ) -> tuple[dict[str, Any], bool]:
+        """Features of padded rows on `device`, and whether all rows have the same length."""
+        if items[0].input_ids is None:
+            features = sbert.preprocess(model, [item.raw for item in items], extras.get("prompt"))
+            return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in features.items()}, False
+        longest = max(item.num_tokens for item in items)
+        width = -(-longest // multiple) * multiple
+        typed = "token_type_ids" in self.encoder.feature_names
+        tensors = collate.padded(
+            [item.input_ids for item in items],  # type: ignore[misc]
+            [item.token_type_ids for item in items] if typed else None,
+            width,
+            device,
+            pad_id=self.encoder.pad_id,
+            pad_type_id=self.encoder.pad_type_id,
+            left=self.encoder.pad_left,
+        )
+        return {**extras, **tensors}, min(item.num_tokens for item in items) == width
+
+    # what the check runs
+
+    def batch_of(self, values: Sequence[Any], call: Call) -> tuple[MicroBatch, dict[str, Any]]:
+        """`values` as the micro-batch of a call, longest first, each with its place in `values` as index; and its extras."""
+        prompt = sbert.resolve_prompt(self.run, None, call.prompt_name, call.kind)
+        extras = dict(self.encoder.extras(prompt))
+        opaque = self.encoder.mode == "opaque"
+        if opaque:
+            extras["prompt"] = prompt
+        encoded = self.encoder.encode(values, prompt)
+        items = [
+            TokenizedInput(
+                place,
+                one.input_ids,
+                one.token_type_ids,
+                num_tokens=one.num_tokens,
+                raw=values[place] if opaque else None,
+            )
+            for place, one in enumerate(encoded)
+        ]
+        items.sort(key=lambda item: item.num_tokens, reverse=True)
+        return MicroBatch(tuple(items), self.check.packed_ok), extras
+
+    @torch.inference_mode()
+    def rows_of(self, values: Sequence[Any], call: Call) -> Tensor:
+        """Rows of `values`, in their order, as one micro-batch of a call makes them."""
+        batch, extras = self.batch_of(values, call)
+        rows = self.forward(batch, extras)
+        return rows[_places(batch)]
+
+    @torch.inference_mode()
+    def pack(self, values: Sequence[Any], call: Call) -> list[Tensor]:
+        """Pack `values` through the encoder: its last hidden states of each, shape (tokens, hidden size)."""
+        if self._packed is None:
+            raise NotImplementedError("nothing is packed")
+        batch, extras = self.batch_of(values, call)
+        row = self._packed.pack(*_end_to_end(batch))
+        output = self._packed.hidden_states(row)
+        self._last = batch, extras, row, output
+        hidden = output.last_hidden_state[0].split(batch.lengths)
+        return [hidden[place] for place in _places(batch)]
+
+    @torch.inference_mode()
+    def rows_by(self, head: str) -> Tensor:
+        """Rows of the values packed last, in their order, through `head`."""
+        if self._last is None:
+            raise NotImplementedError("nothing was packed")
+        batch, extras, row, output = self._last
+        return PackedModel(self.run, head).rows(output, row, extras)[_places(batch)]
+
+
+def _places(batch: MicroBatch) -> list[int]:
+    """Where in `batch` the items of index 0, 1, ... lie."""
+    return sorted(range(len(batch)), key=[item.index for item in batch.items].__getitem__)
+
+
+def _end_to_end(batch: MicroBatch) -> tuple[Any, list[int], Any]:
+    """(ids, lengths, token types or None) of a packed micro-batch, on the host."""
+    ids = np.concatenate([item.input_ids for item in batch.items])
+    if all(item.token_type_ids is None for item in batch.items):
+        return ids, batch.lengths, None
+    types = [
+        np.zeros(item.num_tokens, np.int32) if item.token_type_ids is None else item.token_type_ids
+        for item in batch.items
+    ]
+    return ids, batch.lengths, np.concatenate(types)
+
+
+def rows_of_features(model: Any, features: Mapping[str, Any]) -> Tensor:
+    """Rows of a padded forward of a whole model, always of rank 2."""
+    rows = sbert.forward(model, features)
+    return rows[:, None] if rows.ndim == 1 else rows
