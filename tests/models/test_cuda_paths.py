@@ -123,10 +123,10 @@ def test_padded_features_travel_from_pinned_memory(tmp_path: Path, monkeypatch: 
 
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
         monkeypatch.setattr(torch.Tensor, "to", to)
-        features, uniform = loaded.ways.features(loaded.st, batch.items, {}, CUDA, batch.multiple)
+        features, uniform = loaded.routes.features(loaded.st, batch.items, {}, CUDA, batch.multiple)
         assert seen == [True, True, True] and not uniform
         assert features["input_ids"].shape == (1, 8)
-        loaded.ways.features(loaded.st, batch.items, {}, torch.device("cpu"))  # the CPU rung must not pin
+        loaded.routes.features(loaded.st, batch.items, {}, torch.device("cpu"))  # the CPU rung must not pin
         assert seen == [True, True, True]
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from memsafe.attention import grouped, interface
-from memsafe.models import packed, selfcheck, trials
+from memsafe.models import packed, probes, selfcheck
+from memsafe.models.routes import Routes
 from memsafe.models.selfcheck import SelfCheck
-from memsafe.models.ways import Ways
 from tests import tiny_models as models
 from tests.tiny_models import needs_interface
 
@@ -49,7 +49,7 @@ def test_architectures_with_their_own_attention_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, kind: str
 ) -> None:
     """DeBERTa-v2 and MPNet, which ignore the interface, are caught by their numbers even if packed all the same."""
-    monkeypatch.setattr(Ways, "_refusal", lambda self: "")
+    monkeypatch.setattr(Routes, "_refusal", lambda self: "")
     check = checked(load(tmp_path, architecture, kind))
     assert not check.packed_ok
     assert "differ" in check.reason
@@ -210,7 +210,7 @@ def test_an_error_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_memory_errors_pass_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Running out of memory says nothing about the numbers: it is the caller's to recover from."""
-    ways = models.loaded(load(tmp_path)).ways
+    ways = models.loaded(load(tmp_path)).routes
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
@@ -241,8 +241,8 @@ def test_large_models_are_tried_on_fewer_tokens() -> None:
     """The trial costs a bounded number of operations on a CPU."""
     small = models.tiny_model(models.tiny_config("bert"))
     cpu = torch.device("cpu")
-    assert trials.longest_wanted(small, None, cpu) == 90
-    assert trials.longest_wanted(small, 256, cpu) == 276  # beyond what the model takes
+    assert probes.longest_wanted(small, None, cpu) == 90
+    assert probes.longest_wanted(small, 256, cpu) == 276  # beyond what the model takes
 
     class Large(nn.Module):
         config = models.tiny_config("bert", max_positions=8192)
@@ -253,9 +253,9 @@ def test_large_models_are_tried_on_fewer_tokens() -> None:
         def parameters(self, recurse: bool = True) -> Any:
             return iter([torch.empty(300_000_000, device="meta")])
 
-    assert trials.budget_tokens(Large(), cpu) * 3 * 2 * 300e6 < 2.4e11
-    assert trials.longest_wanted(Large(), 512, cpu) < 70
-    assert trials.longest_wanted(Large(), 512, torch.device("cuda")) == 532
+    assert probes.budget_tokens(Large(), cpu) * 3 * 2 * 300e6 < 2.4e11
+    assert probes.longest_wanted(Large(), 512, cpu) < 70
+    assert probes.longest_wanted(Large(), 512, torch.device("cuda")) == 532
 
 
 @pytest.mark.parametrize("architecture", ["modernbert", "roberta"])

@@ -19,9 +19,9 @@ from memsafe.errors import ConfigError
 from memsafe.machine.device import Device, is_out_of_memory, open_device
 from memsafe.models import checkstore, fallbacks, sbert, weights
 from memsafe.models.private import private_copy
+from memsafe.models.routes import Routes, Solo, rows_of_features
 from memsafe.models.selfcheck import SelfCheck, run_self_check
 from memsafe.models.tokenizing import InputEncoder
-from memsafe.models.ways import Solo, Ways, rows_of_features
 from memsafe.planning.architecture import Architecture
 from memsafe.planning.batch import BatchShape, MicroBatch
 from memsafe.planning.cost import CostKey, CostPrior
@@ -72,8 +72,8 @@ class LoadedModel:
             raise ConfigError(
                 f"truncation: got {spec.truncation!r}, but this model's own preprocessing must run unchanged"
             )
-        self.ways = Ways(run, spec.kind, self.encoder, self._torch_device)
-        self.hf, self.dtype = self.ways.hf, self.ways.dtype
+        self.routes = Routes(run, spec.kind, self.encoder, self._torch_device)
+        self.hf, self.dtype = self.routes.hf, self.routes.dtype
         self.weights_bytes = sum(t.numel() * t.element_size() for t in (*st.parameters(), *st.buffers()))
         self._host: Solo | None = None
         self._host_lock = threading.Lock()
@@ -82,7 +82,7 @@ class LoadedModel:
     @property
     def check(self) -> SelfCheck:
         """The way that forwards take."""
-        return self.ways.check
+        return self.routes.check
 
     @property
     def packed(self) -> bool:
@@ -209,7 +209,7 @@ class LoadedModel:
         """
         if rung == "cpu":
             return self._forward_on_host(batch, extras)
-        return self.ways.forward(batch, extras, None if rung is None else partial(self._on_rung, rung))
+        return self.routes.forward(batch, extras, None if rung is None else partial(self._on_rung, rung))
 
     @contextmanager
     def _on_rung(self, rung: str, model: Any) -> Iterator[None]:
@@ -229,7 +229,7 @@ class LoadedModel:
     def can(self, rung: str) -> bool:
         """Whether a rung of the ladder exists for this model on this device."""
         if rung == "chunk":
-            run = self.ways.run
+            run = self.routes.run
             return self.hf is not None and isinstance(run, torch.nn.Module) and fallbacks.can_slice(run)
         if rung == "half":
             return self.dtype == torch.float32 and (self.device.supports("bfloat16") or self.device.supports("float16"))
@@ -246,22 +246,20 @@ class LoadedModel:
             own = self.device.kind == "cpu" and self.dtype == torch.float32
             self._check_host(batch, copied=self._host is None and not own)
             if self._host is None:
-                self._host = Solo(private_copy(self.ways.run) if own else fallbacks.host_copy(self.ways.run))
-            host, count = self._host, self.ways.alone(batch.items)
-            rows = [
-                host.rows(partial(self.ways.one_on, item=item, extras=extras, device=cpu))
-                for item in batch.items[:count]
-            ]
-            if count < len(batch.items):
-                features, _ = self.ways.features(host.model, batch.items[count:], extras, cpu)
-                rows.append(rows_of_features(host.model, features))
-            return torch.cat(rows)
+                self._host = Solo(private_copy(self.routes.run) if own else fallbacks.host_copy(self.routes.run))
+            host = self._host
+            if not self.routes.alone(batch.items):
+                features, _ = self.routes.features(host.model, batch.items, extras, cpu)
+                return rows_of_features(host.model, features)
+            return torch.cat(
+                [host.rows(partial(self.routes.one_on, item=item, extras=extras, device=cpu)) for item in batch.items]
+            )
 
     def _check_host(self, batch: MicroBatch, *, copied: bool) -> None:
         """Raise MemoryError if the machine lacks room for `batch`, and for a copy of the weights: it would not raise."""
         host = self.device if self.device.kind == "cpu" else open_device("cpu")
         weights = sum(
-            t.numel() * max(t.element_size(), 4) for t in (*self.ways.run.parameters(), *self.ways.run.buffers())
+            t.numel() * max(t.element_size(), 4) for t in (*self.routes.run.parameters(), *self.routes.run.buffers())
         )
         prior = replace(self.cost_prior(), per_square_bytes=0.0)
         shape = BatchShape.of(batch.lengths, packed=False)
@@ -276,7 +274,7 @@ class LoadedModel:
         """In a forked child: locks that other threads of the parent may have held are made anew."""
         self._host_lock = threading.Lock()
         self.encoder.after_fork()
-        self.ways.after_fork()
+        self.routes.after_fork()
 
     def drop_host_copy(self) -> None:
         with self._host_lock:
@@ -285,7 +283,7 @@ class LoadedModel:
     def close(self) -> None:
         """Let go of what is beside the weights. The caller drops its references to free those."""
         self._host = None
-        self.ways.uninstall()
+        self.routes.uninstall()
 
     # the self-check
 
@@ -294,7 +292,7 @@ class LoadedModel:
         store = self._check_store(spec, policy)
         known = store.load() if store is not None else None
         if known is not None:
-            self.ways.use(known)
+            self.routes.use(known)
             return
         check = self._run_self_check()
         if self.device.kind == "cpu" and policy.release != "never":
@@ -307,11 +305,11 @@ class LoadedModel:
         if not self._revision or not policy.learn:
             return None
         key = checkstore.check_key(
-            model=self.ways.run,
+            model=self.routes.run,
             spec={**vars(spec), "model": self.name, "options": dict(spec.options)},
             revision=self._revision,
             card=_card(self.device),
-            tokenizer=self.ways.tokenizer,
+            tokenizer=self.routes.tokenizer,
             tokens=self.encoder.mode,
         )
         return checkstore.CheckStore(key)
@@ -320,12 +318,12 @@ class LoadedModel:
         """Once more after an out-of-memory error; a neighbour may have come. Raises :class:`ModelTooLargeError`."""
         for _ in range(2):
             try:
-                return run_self_check(self.ways)
+                return run_self_check(self.routes)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
             self.device.release()  # outside the block above, whose traceback holds the failed tensors
-        self.ways.uninstall()
+        self.routes.uninstall()
         raise weights.too_large(self.name, None, 0, self.device.snapshot().free_bytes, self.device.name)
 
 

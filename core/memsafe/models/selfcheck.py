@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from memsafe.machine.device import is_out_of_memory
-from memsafe.models import trials
+from memsafe.models import probes
 from memsafe.models.heads import HEADS
-from memsafe.models.trials import Call, Trial
+from memsafe.models.probes import Call, Probe
 
 __all__ = ["SelfCheck", "Subject", "run_self_check", "tolerance"]
 
@@ -69,6 +69,9 @@ class Subject(Protocol):
     def rows_of(self, values: Sequence[Any], call: Call) -> Tensor:
         """Rows of `values`, in their order, as one micro-batch of a call would make them."""
 
+    def company(self, values: Sequence[Any], call: Call) -> list[bool]:
+        """Which of `values` may run with others, however the others run."""
+
     def pack(self, values: Sequence[Any], call: Call) -> list[Tensor]:
         """Pack `values` through the encoder: its last hidden states of each, shape (tokens, hidden size)."""
 
@@ -113,22 +116,24 @@ Verdict = tuple[bool, float, str]
 
 
 class _Checker:
-    """The trials of one model, made once, and what each way makes of them."""
+    """The probes of one model, made once, and what each way makes of them."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         device = subject.device_of_rows
         self.allowed = tolerance(subject.dtype, device)
         pairs = subject.kind == "reranker"
-        longest = trials.longest_wanted(subject.encoder_module, subject.max_length, device)
-        values = trials.trial_inputs(subject.tokenizer, pairs=pairs, longest=longest)
-        model = trials.reference_model(subject.run)
-        self.plain = trials.reference(model, values, Call())
-        self.others = [trials.reference(model, values[1:3], call) for call in trials.calls(model, pairs)]
+        longest = probes.longest_wanted(subject.encoder_module, subject.max_length, device)
+        values = probes.probe_inputs(subject.tokenizer, pairs=pairs, longest=longest)
+        model = probes.reference_model(subject.run)
+        self.plain = probes.reference(model, values, Call())
+        company = subject.company([probe.value for probe in self.plain], Call())
+        self.in_company = [probe for probe, may in zip(self.plain, company, strict=True) if may]
+        self.others = [probes.reference(model, values[1:3], call) for call in probes.calls(model, pairs)]
 
     def find(self) -> SelfCheck:
         if not self.plain:
-            return SelfCheck(False, False, "the model itself gives no finite row of any trial")
+            return SelfCheck(False, False, "the model itself gives no finite row of any probe")
         quick = self._quick() if not self.subject.refusal else SelfCheck(False, False, self.subject.refusal)
         if quick.packed_ok or quick.small_mask_ok:
             verdict = self._judge(quick, self._all_calls)
@@ -156,7 +161,7 @@ class _Checker:
         """The quickest head that gives the same rows of what was last packed."""
 
         def compare(head: str) -> Callable[[], float]:
-            return lambda: self._against(self.plain, self.subject.rows_by(head))
+            return lambda: self._against(self.in_company, self.subject.rows_by(head))
 
         return next((head for head in HEADS[1:] if self._try(compare(head))[0]), HEADS[0])
 
@@ -199,21 +204,21 @@ class _Checker:
 
     def _packed(self) -> float:
         """Rows, and hidden states as well: a score, or a mean over many tokens, can hide a wrong token."""
-        hidden = self.subject.pack([trial.value for trial in self.plain], Call())
-        pairs = [(ours, trial.hidden) for ours, trial in zip(hidden, self.plain, strict=True)]
+        hidden = self.subject.pack([probe.value for probe in self.in_company], Call())
+        pairs = [(ours, probe.hidden) for ours, probe in zip(hidden, self.in_company, strict=True)]
         shown = [(a, b) for a, b in pairs if b is not None and a.shape == b.shape]
-        return _worst(_largest(shown, scores=False), self._against(self.plain, self.subject.rows_by(HEADS[0])))
+        return _worst(_largest(shown, scores=False), self._against(self.in_company, self.subject.rows_by(HEADS[0])))
 
     def _all_calls(self) -> float:
         return _worst(self._rows(self.plain), *(self._rows(each) for each in self.others if each))
 
-    def _rows(self, wanted: Sequence[Trial]) -> float:
-        return self._against(wanted, self.subject.rows_of([trial.value for trial in wanted], wanted[0].call))
+    def _rows(self, wanted: Sequence[Probe]) -> float:
+        return self._against(wanted, self.subject.rows_of([probe.value for probe in wanted], wanted[0].call))
 
-    def _against(self, wanted: Sequence[Trial], rows: Tensor) -> float:
+    def _against(self, wanted: Sequence[Probe], rows: Tensor) -> float:
         if rows.shape != (len(wanted), *wanted[0].row.shape):
             raise NotImplementedError("there is not one row per input")
-        return _largest([(row, trial.row) for row, trial in zip(rows, wanted, strict=True)], scores=True)
+        return _largest([(row, probe.row) for row, probe in zip(rows, wanted, strict=True)], scores=True)
 
 
 def _worst(*differences: float) -> float:

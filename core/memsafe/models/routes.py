@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from memsafe.attention import interface
+from memsafe.attention.transfer import send
 from memsafe.models import collate, fuse, sbert
 from memsafe.models.packed import PackedModel
-from memsafe.models.private import ForwardState, length_switch, private_copy
+from memsafe.models.private import ForwardState, length_switch
+from memsafe.models.probes import Call, reference_model
 from memsafe.models.selfcheck import SelfCheck
 from memsafe.models.tokenizing import InputEncoder
-from memsafe.models.trials import Call
 from memsafe.planning.batch import MicroBatch, TokenizedInput
 
-__all__ = ["Solo", "Ways", "rows_of_features"]
+__all__ = ["Routes", "Solo", "rows_of_features"]
 
 UNCHECKED = SelfCheck(False, False, "not checked yet")
 
@@ -44,7 +47,7 @@ class Solo:
         self._lock = threading.Lock()
 
 
-class Ways:
+class Routes:
     """A private copy of a SentenceTransformer or CrossEncoder (`run`), and the way it takes (`check`).
 
     A :class:`memsafe.models.selfcheck.Subject`: the check tries ways by :meth:`use`. limit: tokens beyond which inputs
@@ -71,7 +74,9 @@ class Ways:
         if self.can_fuse:
             fuse.uninstall(self.hf)
         self.limit = self._limit()
-        self._solo: Solo | None = None if self.limit is None else Solo(private_copy(run))
+        self._state = ForwardState(run)
+        self._solo: Solo | None = None
+        self._solo_lock = threading.Lock()
 
     @property
     def encoder_module(self) -> Any:
@@ -98,6 +103,7 @@ class Ways:
     def use(self, check: SelfCheck) -> None:
         """Take the way `check` from now on. Raises NotImplementedError where it does not exist."""
         self.uninstall()
+        self._state.restore()
         self.check = check
         self.encoder.mode = "opaque" if check.own else self._own_mode
         if check.packed_ok or check.small_mask_ok:
@@ -106,10 +112,6 @@ class Ways:
                 fuse.install(self.hf)
         if check.packed_ok:
             self._packed = PackedModel(self.run, head=check.head)
-        if check.alone and self._solo is None:
-            self._solo = Solo(private_copy(self.run))
-        if self._solo is not None and getattr(self._solo.model, "truncate_dim", None) is not None:
-            self._solo.model.truncate_dim = None
 
     def uninstall(self) -> None:
         """Leave `run` as a private copy is made."""
@@ -119,31 +121,45 @@ class Ways:
         self._installed, self._packed, self._last = False, None, None
 
     def after_fork(self) -> None:
+        """See :meth:`memsafe.models.model.LoadedModel.after_fork`."""
+        self._solo_lock = threading.Lock()
         if self._solo is not None:
             self._solo.after_fork()
 
     # forwards
 
-    def alone(self, items: Sequence[TokenizedInput]) -> int:
-        """How many of `items`, longest first, must run alone."""
+    def alone(self, items: Sequence[TokenizedInput]) -> list[int]:
+        """Which of `items` must run alone: all, if the check says so; those that change what runs with them; those that
+        have no token at all."""
         if self.check.alone:
-            return len(items)
-        return 0 if self.limit is None else sum(item.num_tokens > self.limit for item in items)
+            return list(range(len(items)))
+        limit = self.limit if self.limit is not None else 1 << 62
+        return [place for place, item in enumerate(items) if item.num_tokens > limit or _is_empty(item)]
 
     def forward(
         self, batch: MicroBatch, extras: Mapping[str, Any], around: Callable[[Any], Any] | None = None
     ) -> Tensor:
         """Rows of `batch`, shape (len(batch), dim or labels). around: a context manager for each forward, of its model."""
-        count = self.alone(batch.items)
-        found = [self._one(item, extras, around) for item in batch.items[:count]]
-        if count < len(batch.items):
-            rest = MicroBatch(batch.items[count:], batch.packed, batch.multiple) if count else batch
-            if around is None:
-                found.append(self._together(rest, extras))
-            else:
-                with around(self.run):
-                    found.append(self._together(rest, extras))
-        return found[0] if len(found) == 1 else torch.cat(found)
+        apart = self.alone(batch.items)
+        if not apart:
+            with nullcontext() if around is None else around(self.run):
+                return self._together(batch, extras)
+        solo = self._solo_copy()
+        found = [
+            solo.rows(partial(self.one_on, item=batch.items[place], extras=extras, around=around)) for place in apart
+        ]
+        rest = sorted(set(range(len(batch))) - set(apart))
+        if rest:
+            others = MicroBatch(tuple(batch.items[place] for place in rest), batch.packed, batch.multiple)
+            found.append(self.forward(others, extras, around))
+        rows, order = torch.cat(found), np.argsort([*apart, *rest])
+        return rows if apart == list(range(len(apart))) else rows[send(order, rows.device, torch.int64)]
+
+    def _solo_copy(self) -> Solo:
+        with self._solo_lock:
+            if self._solo is None:
+                self._solo = Solo(reference_model(self.run))
+            return self._solo
 
     def _together(self, batch: MicroBatch, extras: Mapping[str, Any]) -> Tensor:
         if self._packed is not None and batch.packed:
@@ -154,28 +170,21 @@ class Ways:
         with interface.padded(uniform=uniform):
             return rows_of_features(self.run, features)
 
-    def _one(
-        self, item: TokenizedInput, extras: Mapping[str, Any], around: Callable[[Any], Any] | None = None
+    def one_on(
+        self,
+        model: Any,
+        item: TokenizedInput,
+        extras: Mapping[str, Any],
+        around: Callable[[Any], Any] | None = None,
+        device: torch.device | None = None,
     ) -> Tensor:
-        if self._solo is None:
-            raise NotImplementedError("no copy of the model that runs inputs alone")
-
-        def forward(model: Any) -> Tensor:
-            return self.one_on(model, item, extras, self.device_of_rows)
-
-        def wrapped(model: Any) -> Tensor:
-            with around(model):  # type: ignore[misc]
-                return forward(model)
-
-        return self._solo.rows(forward if around is None else wrapped)
-
-    def one_on(self, model: Any, item: TokenizedInput, extras: Mapping[str, Any], device: torch.device) -> Tensor:
-        """The row of `item` by `model`'s own code on `device`, shape (1, dim or labels)."""
-        if self.check.own:
-            prompt = extras.get("prompt") or ""
-            rows = sbert.own_rows(model, [item.raw], kind=extras.get("task"), prompt=prompt)
-            return rows[:, None] if rows.ndim == 1 else rows
-        return rows_of_features(model, self.features(model, [item], extras, device)[0])
+        """The row of `item` by `model`'s own code, shape (1, dim or labels). device: of `model`; None for that of rows."""
+        with nullcontext() if around is None else around(model):
+            if self.check.own:
+                prompt = extras.get("prompt") or ""
+                rows = sbert.own_rows(model, [item.raw], kind=extras.get("task"), prompt=prompt)
+                return rows[:, None] if rows.ndim == 1 else rows
+            return rows_of_features(model, self.features(model, [item], extras, device or self.device_of_rows)[0])
 
     def features(
         self,
@@ -189,7 +198,7 @@ class Ways:
         if items[0].input_ids is None:
             features = sbert.preprocess(model, [item.raw for item in items], extras.get("prompt"))
             return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in features.items()}, False
-        longest = max(item.num_tokens for item in items)
+        longest = max(item.num_tokens for item in items)  # an input without tokens is one of padding
         width = -(-longest // multiple) * multiple
         typed = "token_type_ids" in self.encoder.feature_names
         tensors = collate.padded(
@@ -233,6 +242,12 @@ class Ways:
         rows = self.forward(batch, extras)
         return rows[_places(batch)]
 
+    def company(self, values: Sequence[Any], call: Call) -> list[bool]:
+        """Which of `values` may run with others."""
+        batch, _ = self.batch_of(values, call)
+        apart = {batch.items[place].index for place in self.alone(batch.items)}
+        return [place not in apart for place in range(len(values))]
+
     @torch.inference_mode()
     def pack(self, values: Sequence[Any], call: Call) -> list[Tensor]:
         """Pack `values` through the encoder: its last hidden states of each, shape (tokens, hidden size)."""
@@ -269,6 +284,11 @@ def _end_to_end(batch: MicroBatch) -> tuple[Any, list[int], Any]:
         for item in batch.items
     ]
     return ids, batch.lengths, np.concatenate(types)
+
+
+def _is_empty(item: TokenizedInput) -> bool:
+    """Whether an input gave no token at all; it counts as one where sizes are planned."""
+    return item.input_ids is not None and len(item.input_ids) == 0
 
 
 def rows_of_features(model: Any, features: Mapping[str, Any]) -> Tensor:

@@ -15,7 +15,7 @@ from memsafe.models import sbert
 from memsafe.models.packed import find_hf_model
 from memsafe.models.private import ForwardState, private_copy
 
-__all__ = ["Call", "Trial", "budget_tokens", "calls", "longest_wanted", "reference", "reference_model", "trial_inputs"]
+__all__ = ["Call", "Probe", "budget_tokens", "calls", "longest_wanted", "probe_inputs", "reference", "reference_model"]
 
 OPERATIONS = 2.3e11
 """Floating-point operations of all forwards of a check together, at most: about two seconds on two CPU cores."""
@@ -34,7 +34,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Probe:
     """One input, called alone. row: shape (dim or labels,); hidden: the encoder's last hidden states, shape
     (tokens, hidden size), where its output shows them without padding."""
 
@@ -45,7 +45,7 @@ class Trial:
 
 
 def budget_tokens(encoder: nn.Module | None, device: torch.device) -> int:
-    """Tokens that the trials of one pass may have together: fewer for a large model on a CPU."""
+    """Tokens that the probes of one pass may have together: fewer for a large model on a CPU."""
     if encoder is None or device.type != "cpu":
         return 10_000
     embeddings = encoder.get_input_embeddings().weight.numel()  # type: ignore[operator]
@@ -54,7 +54,7 @@ def budget_tokens(encoder: nn.Module | None, device: torch.device) -> int:
 
 
 def longest_wanted(encoder: nn.Module | None, limit: int | None, device: torch.device) -> int:
-    """Tokens of the longest trial: beyond every sliding window and, where that is cheap, beyond the model's longest input."""
+    """Tokens of the longest probe: beyond every sliding window and, where that is cheap, beyond the model's longest input."""
     budget = budget_tokens(encoder, device)
     wanted = max(min(_LONG_TOKENS, budget // 2), 40)
     if limit is not None and 2 * limit <= min(budget, 1200):
@@ -67,7 +67,7 @@ def longest_wanted(encoder: nn.Module | None, limit: int | None, device: torch.d
     return max([wanted, *(window + 9 for window in windows if isinstance(window, int) and window <= most)])
 
 
-def trial_inputs(tokenizer: Any, *, pairs: bool, longest: int) -> list[Any]:
+def probe_inputs(tokenizer: Any, *, pairs: bool, longest: int) -> list[Any]:
     """Texts, or pairs both ways: short, of equal length, of other scripts, with special tokens written in them, empty,
     and one of `longest` tokens."""
     special = [str(token) for token in getattr(tokenizer, "all_special_tokens", None) or ("[PAD]", "[SEP]")]
@@ -99,7 +99,7 @@ def calls(model: Any, pairs: bool) -> list[Call]:
     return found if pairs else [Call("query"), Call("document"), *found]
 
 
-def reference(model: Any, values: Sequence[Any], call: Call) -> list[Trial]:
+def reference(model: Any, values: Sequence[Any], call: Call) -> list[Probe]:
     """What `model`'s own method gives for each of `values` alone. Values that it refuses itself, or makes no
     finite row of (half precision, whose rows are computed again), are left out.
 
@@ -120,7 +120,7 @@ def reference(model: Any, values: Sequence[Any], call: Call) -> list[Trial]:
             continue
         hidden = heard[-1] if heard else None
         found.append(
-            Trial(value, call, row.reshape(-1), hidden[0] if hidden is not None and len(hidden) == 1 else None)
+            Probe(value, call, row.reshape(-1), hidden[0] if hidden is not None and len(hidden) == 1 else None)
         )
     return found
 
