@@ -138,12 +138,12 @@ def _classify(mask_function: Callable[..., Any], local_size: int | None) -> tupl
         return None, False
     if local_size is None and mask_function is masking_utils.causal_mask_function:
         return None, True
-    zero = torch.zeros((), dtype=torch.long)
+    zero = torch.zeros((), dtype=torch.long, device="cpu")  # not a default device, which would be waited for
     size = local_size or 8
     query = 2 * size + 8  # far from every border; not a multiple of a chunk
 
     def sees(offset: int, query: int = query) -> bool:
-        return bool(mask_function(zero, zero, torch.tensor(query), torch.tensor(query + offset)))
+        return bool(mask_function(zero, zero, zero + query, zero + query + offset))
 
     try:
         causal = not sees(1)

@@ -12,6 +12,10 @@ from torch import Tensor
 __all__ = ["send"]
 
 
+PINNED = ("cuda",)
+"""Kinds of devices to which the host copies from pinned memory without a wait."""
+
+
 def send(values: Sequence[int] | np.ndarray[Any, Any], device: torch.device | None, dtype: torch.dtype) -> Tensor:
     """`values` as a tensor of `dtype` (int32 or int64) on `device` (None: the CPU); the host does not wait for the copy.
 
@@ -22,6 +26,6 @@ def send(values: Sequence[int] | np.ndarray[Any, Any], device: torch.device | No
     tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32 if dtype is torch.int32 else np.int64))
     if device is None or device.type == "cpu":
         return tensor
-    if device.type == "cuda":
+    if device.type in PINNED:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

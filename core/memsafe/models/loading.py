@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import threading
 import warnings
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError, MemsafeError, ModelError, ModelNotFoundError
 from memsafe.machine.device import Device, is_out_of_memory, open_device
-from memsafe.models import sbert, weights
+from memsafe.models import weights
 from memsafe.models.model import LoadedModel, ModelSpec
 
 __all__ = ["load"]
@@ -26,14 +28,12 @@ def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int)
     if not isinstance(spec.model, str):
         if spec.dtype is not None:
             raise ConfigError(f"dtype: got {spec.dtype!r} with a loaded model; load it in that dtype, or pass its name")
-        if sbert.is_reranker(spec.model) != reranker:
-            other, wanted = ("Embedder", "CrossEncoder") if reranker else ("Reranker", "SentenceTransformer")
-            raise ModelError(f"model: got a {type(spec.model).__name__}; give it to {other}, or give a {wanted} here")
         return LoadedModel(spec.model, spec, device, policy, revision="", name=type(spec.model).__name__)
     options = dict(spec.options)
-    known = {name: options.get(name) for name in ("revision", "cache_folder")}
-    backend = options.get("backend", "torch")
-    checkpoint = weights.inspect(spec.model, kind=spec.kind, backend=backend, **known)
+    known: dict[str, Any] = {name: options.get(name) for name in ("revision", "cache_folder")}
+    known["backend"] = options.get("backend", "torch")
+    known["elsewhere"] = any(name in (options.get("model_kwargs") or {}) for name in ("subfolder", "gguf_file"))
+    checkpoint = weights.inspect(spec.model, kind=spec.kind, **known)
     dtype = _dtype_name(spec.dtype, device)
     model_kwargs = dict(options.get("model_kwargs") or {})
     if dtype is not None:
@@ -53,7 +53,8 @@ def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int)
     build = library.CrossEncoder if reranker else library.SentenceTransformer
     st = None
     try:
-        st = build(spec.model, device=device.name, **options).eval()
+        with _loading:
+            st = build(spec.model, device=device.name, **options).eval()
     except MemsafeError:
         raise
     except Exception as error:  # whatever a damaged file makes of itself: pickle, zip, JSON, shapes, types
@@ -67,8 +68,21 @@ def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int)
         need = checkpoint.bytes_as(target) if checkpoint is not None else 0
         raise weights.too_large(spec.model, checkpoint, need, device.snapshot().free_bytes, device.name)
     if checkpoint is None:  # a hub id that was not on this machine before
-        checkpoint = weights.inspect(spec.model, kind=spec.kind, backend=backend, **known)
+        checkpoint = weights.inspect(spec.model, kind=spec.kind, **known)
     return LoadedModel(st, spec, device, policy, checkpoint.revision if checkpoint else "", spec.model)
+
+
+_loading = threading.Lock()
+"""transformers sets torch's default dtype, which is one for all threads, while it builds a model."""
+
+
+def _new_lock() -> None:
+    global _loading
+    _loading = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)  # another thread of the parent may have held it
 
 
 def _dtype_name(dtype: Any, device: Device) -> str | None:

@@ -31,7 +31,10 @@ __all__ = ["LoadedModel", "ModelSpec"]
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What to load. model: folder, hub id, or a loaded SentenceTransformer / CrossEncoder; options: for its class."""
+    """What to load. model: folder, hub id, or a loaded SentenceTransformer / CrossEncoder; options: for its class.
+
+    Raises :class:`ModelError` for an object of another class.
+    """
 
     kind: str
     model: Any
@@ -40,6 +43,10 @@ class ModelSpec:
     max_length: int | None = None
     truncation: str = "longest_first"
     query_max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.model is not None and not isinstance(self.model, str):
+            sbert.check_handed_in(self.model, self.kind == "reranker")
 
 
 class LoadedModel:

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from memsafe.errors import ModelError
+
 __all__ = [
+    "check_handed_in",
     "forward",
     "hf_model",
     "hf_tokenizer",
@@ -29,6 +32,24 @@ def is_reranker(model: Any) -> bool:
     """True for a CrossEncoder, False for a SentenceTransformer."""
     cross_encoder = importlib.import_module("sentence_transformers").CrossEncoder
     return isinstance(model, cross_encoder)
+
+
+def check_handed_in(model: Any, reranker: bool) -> None:
+    """Raise :class:`ModelError` for a loaded object that is neither name nor model of the right class."""
+    library = importlib.import_module("sentence_transformers")
+    wanted, other = library.SentenceTransformer, library.CrossEncoder
+    if reranker:
+        wanted, other = other, wanted
+    if isinstance(model, wanted):
+        return
+    got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+    if isinstance(model, other):
+        remedy = f"give it to {'Embedder' if reranker else 'Reranker'}, or give a {wanted.__name__} here"
+    else:
+        remedy = f"give a folder, a hub id like 'BAAI/bge-m3', or a loaded {wanted.__name__}"
+        if hasattr(model, "config"):
+            remedy += " (of a transformers model: SentenceTransformer(modules=[Transformer(folder), Pooling(width)]))"
+    raise ModelError(f"model: got {got}; {remedy}")
 
 
 def hf_model(model: Any) -> Any | None:
