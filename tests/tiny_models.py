@@ -33,7 +33,9 @@ ARCHITECTURES = (
     "mpnet",
 )
 PACKABLE = ("bert", "roberta", "xlm_roberta", "gte", "nomic_bert", "electra", "distilbert", "modernbert", "qwen3")
-"""Architectures whose attention goes through transformers' interface; the other two compute it themselves."""
+"""Architectures whose attention goes through transformers' interface."""
+REGROUPED = ("deberta_v2", "mpnet")
+"""Architectures whose own attention is packed by groups of equal length."""
 
 _CONFIGS = {
     "bert": "BertConfig",

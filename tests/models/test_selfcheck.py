@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from memsafe.attention import grouped, interface
+from memsafe.attention import grouped, interface, regrouped
 from memsafe.models import packed, probes, selfcheck
 from memsafe.models.routes import Routes
 from memsafe.models.selfcheck import SelfCheck
@@ -50,6 +50,7 @@ def test_architectures_with_their_own_attention_fail(
 ) -> None:
     """DeBERTa-v2 and MPNet, which ignore the interface, are caught by their numbers even if packed all the same."""
     monkeypatch.setattr(Routes, "_refusal", lambda self: "")
+    monkeypatch.setattr(regrouped, "install", lambda model: 0)
     check = checked(load(tmp_path, architecture, kind))
     assert not check.packed_ok
     assert "differ" in check.reason

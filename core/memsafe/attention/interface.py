@@ -34,6 +34,7 @@ __all__ = [
     "Installation",
     "Packed",
     "Padded",
+    "current",
     "install",
     "packed",
     "padded",
@@ -94,6 +95,11 @@ def _active(state: Packed | Padded) -> Iterator[None]:
         yield
     finally:
         _local.state = before
+
+
+def current() -> Packed | Padded | None:
+    """What forwards of this thread see now; None outside ours."""
+    return _local.state
 
 
 def is_active() -> bool:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memsafe.attention import grouped, interface, kernels
+from memsafe.attention import interface, kernels
 from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError
 from memsafe.machine.device import Device, is_out_of_memory, open_device
 from memsafe.models import checkstore, fallbacks, sbert, weights
+from memsafe.models.priors import prior_of
 from memsafe.models.private import private_copy
 from memsafe.models.routes import Routes, Solo, rows_of_features
 from memsafe.models.selfcheck import SelfCheck, run_self_check
@@ -140,32 +141,17 @@ class LoadedModel:
         )
 
     def cost_prior(self) -> CostPrior:
-        shape = self.architecture
-        heads = shape.num_heads
-        prior = CostPrior.for_architecture(
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            gated=shape.gated,
-            num_heads=heads,
-            bytes_per_element=self.dtype.itemsize,
-            layout="packed" if self.packed else "padded",
-            attention="eager" if self.attention in ("eager", "none") else "sdpa",
-            vocab_logits=shape.vocab_size if "MaskedLM" in type(self.hf).__name__ else 0,
+        """What a forward takes, before anything is measured."""
+        return prior_of(
+            self.architecture,
+            self.config,
+            self.dtype,
+            attention=self.attention,
+            packed=self.packed,
             small_mask=self.check.small_mask_ok,
-            rotary_size=shape.rotary_size,
-            score_limit=kernels.score_limit(heads) if self.workspace_bytes and self.dtype == torch.float32 else 0,
+            ours=self.workspace_bytes > 0,
+            class_name=type(self.hf).__name__,
         )
-        if shape.window is not None and self.packed:
-            masks = grouped.window_bytes(shape.window, self.dtype.itemsize)
-            prior = replace(prior, fixed_bytes=prior.fixed_bytes + masks)
-        elif shape.window is not None:
-            # Padded: a mask for the window, one for all, and one in the making; 20 bytes per pair of tokens were measured
-            # for ModernBERT in transformers 4.57, 15 in version 5.
-            prior = replace(prior, per_square_bytes=4 * prior.per_square_bytes)
-        if prior.per_square_bytes and self.attention == "eager":
-            # Models with attention of their own add position biases: 1.3 times the plain scores in MPNet, 3 in DeBERTa-v2.
-            prior = replace(prior, per_square_bytes=3 * prior.per_square_bytes)
-        return prior
 
     def cost_shape(self, batch: MicroBatch) -> BatchShape:
         """The shape of `batch` as its memory shows it: where nothing is padded, transformers makes no mask over pairs."""
@@ -179,7 +165,8 @@ class LoadedModel:
     def workspace_bytes(self) -> int:
         """What a kernel may hold at its own peak beside all that grows with tokens: the scores of one short sequence,
         which show where a micro-batch is so small that its feed-forward layers need less."""
-        return kernels.SHORT_SCORES_BYTES if self.packed and self.device.kind == "cpu" else 0
+        ours = self.packed and self.routes.can_mask  # else each model's attention is its own
+        return kernels.SHORT_SCORES_BYTES if ours and self.device.kind == "cpu" else 0
 
     def rung_bound(self, rung: str, shape: BatchShape, bound_bytes: int) -> int:
         """The most that a rung takes on this device for `shape`, whose plain forward takes `bound_bytes` at most.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from memsafe.attention import interface
+from memsafe.attention import interface, regrouped
 from memsafe.models import heads
 from memsafe.models.collate import PackedRow
 from memsafe.models.heads import HEADS
@@ -64,7 +64,7 @@ class PackedModel:
 
     It holds no state of a forward.
 
-    hf_model: the transformers model with its head; `interface.install` must have been called on it.
+    hf_model: the transformers model with its head; `interface.install` or `regrouped.install` was called on it.
     encoder: the part of it that turns tokens into hidden states.
     head: how what stands behind the encoder is run; one of :data:`heads.HEADS`, all but the first only after a self-check.
     """
@@ -84,6 +84,7 @@ class PackedModel:
         self._takes = frozenset(inspect.signature(self.encoder.forward).parameters)
         if "position_ids" not in self._takes:
             raise NotImplementedError("the encoder takes no position_ids")
+        self._regrouped = regrouped.is_installed(self.encoder)
         self._padding_position = interface.padding_position(self.encoder)
         config = self.hf_model.config
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -120,6 +121,8 @@ class PackedModel:
         options: dict[str, Any] = {"position_ids": row.position_ids[None]}
         # Of ones, rather than None, so that no model looks for sequence borders in the positions itself.
         options["attention_mask"] = torch.ones_like(ids)
+        if self._regrouped:  # of four dimensions, which nobody widens to pairs of the whole row
+            options["attention_mask"] = options["attention_mask"][:, None, None]
         if "token_type_ids" in self._takes and (row.token_type_ids is not None or self._has_token_types):
             # Zeros, rather than None, since some buffers of zeros end at the model's longest sequence.
             options["token_type_ids"] = (

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memsafe.attention import interface
+from memsafe.attention import interface, regrouped
 from memsafe.attention.transfer import send
 from memsafe.models import collate, fuse, sbert
 from memsafe.models.packed import PackedModel
@@ -60,7 +60,7 @@ class Routes:
         self.encoder = encoder
         self.check = UNCHECKED
         self.device_of_rows = device
-        self.hf = sbert.hf_model(run)
+        self.hf: Any = sbert.hf_model(run)
         self.tokenizer = sbert.hf_tokenizer(run)
         self.dtype = next((p.dtype for p in run.parameters() if p.is_floating_point()), torch.float32)
         self.max_length = encoder.max_length
@@ -69,6 +69,7 @@ class Routes:
         """What :meth:`pack` did last; only while a check runs."""
         self._installed = False
         self._own_mode = encoder.mode
+        self.can_mask = False
         self.refusal = self._refusal()
         self.can_fuse = not self.refusal and fuse.install(self.hf) > 0
         if self.can_fuse:
@@ -84,12 +85,17 @@ class Routes:
         return self.hf.base_model if isinstance(self.hf, nn.Module) and hasattr(self.hf, "base_model") else None
 
     def _refusal(self) -> str:
-        """Why our attention and masks cannot be tried; "" if they can."""
+        """Why packing cannot be tried; "" if it can."""
         if self.encoder.mode == "opaque" or not isinstance(self.hf, nn.Module):
             return "the model does not run on token ids through transformers"
         installed = interface.install(self.hf)
+        self.can_mask = bool(installed)
         if installed:
             interface.uninstall(self.hf)
+            return ""
+        if regrouped.install(self.hf):
+            regrouped.uninstall(self.hf)
+            return ""
         return installed.reason
 
     def _limit(self) -> int | None:
@@ -107,7 +113,9 @@ class Routes:
         self.check = check
         self.encoder.mode = "opaque" if check.own else self._own_mode
         if check.packed_ok or check.small_mask_ok:
-            self._installed = bool(interface.install(self.hf))
+            self._installed = True
+            if not interface.install(self.hf):
+                regrouped.install(self.hf)
             if check.in_place_ok:
                 fuse.install(self.hf)
         if check.packed_ok:
@@ -118,6 +126,7 @@ class Routes:
         if self._installed:
             fuse.uninstall(self.hf)
             interface.uninstall(self.hf)
+            regrouped.uninstall(self.hf)
         self._installed, self._packed, self._last = False, None, None
 
     def after_fork(self) -> None:

@@ -57,6 +57,8 @@ class Subject(Protocol):
     max_length: int | None
     refusal: str
     """Why neither packing nor masks of ours can be tried; "" if they can."""
+    can_mask: bool
+    """Whether the small mask can be tried."""
     can_fuse: bool
 
     @property
@@ -151,7 +153,7 @@ class _Checker:
             if verdict[0]:
                 return replace(way, head=self._head(), max_difference=verdict[1])
             why = verdict
-        for in_place in (True, False) if self.subject.can_fuse else (False,):
+        for in_place in () if not self.subject.can_mask else (True, False) if self.subject.can_fuse else (False,):
             way = SelfCheck(False, True, why[2], why[1], in_place_ok=in_place)
             if self._judge(way, self._together)[0]:
                 return way
