@@ -126,7 +126,12 @@ def _slice(output: Any, encoder: nn.Module, start: int, stop: int, count: int) -
     names = {item.name for item in dataclasses.fields(output)}
     pooler = getattr(encoder, "pooler", None)
     if pooler is not None and "pooler_output" in names:
-        given["pooler_output"] = pooler(given["last_hidden_state"])
+        states = given["last_hidden_state"]
+        if isinstance(pooler, nn.Linear):  # ALBERT's encoder takes the first token and adds the activation itself
+            states = states[:, 0]
+        pooled = pooler(states)
+        activation = getattr(encoder, "pooler_activation", None) if isinstance(pooler, nn.Linear) else None
+        given["pooler_output"] = pooled if activation is None else activation(pooled)
     if "hidden_states" in names and output.hidden_states is not None:
         given["hidden_states"] = tuple(of(layer) for layer in output.hidden_states)
     return type(output)(**given)

@@ -56,7 +56,7 @@ def budget_tokens(encoder: nn.Module | None, device: torch.device) -> int:
 def longest_wanted(encoder: nn.Module | None, limit: int | None, device: torch.device) -> int:
     """Tokens of the longest probe: beyond every sliding window and, where that is cheap, beyond the model's longest input."""
     budget = budget_tokens(encoder, device)
-    wanted = max(min(_LONG_TOKENS, budget // 2), 40)
+    wanted = max(min(_LONG_TOKENS, budget // 3), 40)
     if limit is not None and 2 * limit <= min(budget, 1200):
         wanted = max(wanted, limit + 20)  # cut, by whoever cuts
     config: Any = getattr(encoder, "config", None)
@@ -74,7 +74,7 @@ def probe_inputs(tokenizer: Any, *, pairs: bool, longest: int) -> list[Any]:
     pad = str(getattr(tokenizer, "pad_token", None) or "[PAD]")
     plain, turned = " ".join(_WORDS[:9]), " ".join(_WORDS[8::-1])
     inside = f"{pad} {pad} a {' '.join(special[:8])} b"
-    ended = f"Old {pad} mill {pad}"
+    ended = f"Old mill {pad}"
     long = " ".join(_WORDS[(place * place + place // 7) % len(_WORDS)] for place in range(longest))
     if not pairs:
         return [long, inside, plain, turned, "Ünïcode 你好 \t 1,234.5\n", ended, "a", ""]

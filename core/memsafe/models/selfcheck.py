@@ -131,7 +131,8 @@ class _Checker:
         self.plain = probes.reference(model, values, Call())
         company = subject.company([probe.value for probe in self.plain], Call())
         self.in_company = [probe for probe, may in zip(self.plain, company, strict=True) if may]
-        self.others = [probes.reference(model, values[1:3], call) for call in probes.calls(model, pairs)]
+        few = values[1:3] if probes.budget_tokens(subject.encoder_module, device) > 1000 else values[2:3]
+        self.others = [probes.reference(model, few, call) for call in probes.calls(model, pairs)]
 
     def find(self) -> SelfCheck:
         if not self.plain:
