@@ -210,11 +210,28 @@ class, or a small one cannot be made and run by sentence-transformers from token
 """
 
 
+_TAIL = """
+## What the padded ones would need
+
+- *The encoder takes no position_ids*, or *is an encoder-decoder* (T5, mT5, UMT5 and their kin): the first layer's attention makes a
+  bias over all pairs of the row, which later layers are handed on. Packed, each run of equal lengths needs its own, so the
+  attention would have to be called per run, as MPNet's and DeBERTa's is, and the bias kept per run between layers.
+- *Eager attention* (BLOOM, Gemma 2, GPT-OSS, XLNet, Longformer, ...): biases, caps or sinks inside the scores that transformers'
+  own sdpa path cannot express either; each would need a description in `attention/regrouped.py`, if its attention mixes no
+  further tokens.
+- *Packed rows differ*: tokens are mixed beside attention (MobileBERT's trigrams, the state-space layers of Falcon-H1, Zaya, Nemotron-H),
+  or token types that the tokenizer gives do not reach single texts (GPT-2, CTRL, GPT-BigCode).
+- *Rows depend on what runs together*: BART's and FSMT's classifiers and decoders look for end and padding tokens in the whole batch,
+  FNet and ConvBERT mix padding in. No packing helps; the model's own code runs on one text at a time.
+"""
+
+
 def short(found: Outcome | None) -> str:
     """One cell of the table."""
     if found is None:
         return "-"
     path = found.path.replace("one input at a time (", "alone (").replace("|", "/")
+    path = re.sub(r"alone \(rows depend on what runs together.*", "alone (rows depend on what runs together)", path)
     path = re.sub(r"results differ by .* of their norm, more than [\d.e-]+", "packed rows differ", path)
     return " ".join(path.split())[:160]
 
@@ -243,7 +260,9 @@ def main(wanted: list[str]) -> None:
             cells[name] = [short(each) for each in found]
             print(name, *found, file=sys.stderr, flush=True)
     rows = [f"| {name} | {' | '.join(each)} |" for name, each in sorted(cells.items())]
-    DOCUMENT.write_text(_HEAD.format(version=transformers.__version__) + "\n".join(rows) + "\n", encoding="utf-8")
+    DOCUMENT.write_text(
+        _HEAD.format(version=transformers.__version__) + "\n".join(rows) + "\n" + _TAIL, encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

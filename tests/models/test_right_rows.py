@@ -162,6 +162,23 @@ def test_rows_that_depend_on_company_run_alone(tmp_path: Path, module: type[nn.M
         assert_close(ours.embed_documents(texts[::-1])[::-1], wanted)
 
 
+@models.needs_interface
+def test_what_rounding_explains_does_not_cost_company(tmp_path: Path) -> None:
+    """A batch whose rows differ from those alone by a few units of rounding is not run one input at a time."""
+    theirs = SentenceTransformer(str(models.save_embedder(tmp_path)), device="cpu")
+
+    class Rounds(Counts):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            output: Tensor = self.inner(hidden_states)
+            return output * (1 + 3e-7 * hidden_states.shape[1])
+
+    layer = theirs[0].auto_model.encoder.layer[0]
+    layer.intermediate = Rounds(layer.intermediate)
+    loaded = models.loaded(theirs)
+    assert 1e-5 < loaded.check.max_difference < 1e-4
+    assert not loaded.packed and not loaded.check.alone
+
+
 # -- one check for one thing -----------------------------------------------------------------------------------------
 
 
