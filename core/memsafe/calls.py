@@ -237,11 +237,8 @@ class Model:
             prompt = sbert.resolve_prompt(self.model, options.prompt, options.prompt_name, options.kind)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        given = dict(options.model)
-        if options.kind is not None and "task" not in given and "task" in self._model_options():
-            given["task"] = options.kind
-            if not self._engine.model.encoder.accepts(given):  # names of its own: it must be told which
-                del given["task"]
+        encoder = self._engine.model.encoder
+        given = sbert.with_task(self.model, options.kind, options.model, lambda given: encoder.accepts(given))
         return self._engine.way(prompt, given)
 
 
