@@ -141,6 +141,8 @@ def own_rows(
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     options |= {"batch_size": 1, "show_progress_bar": False, "convert_to_tensor": True}
     if is_reranker(model):
+        if not prompt and not hasattr(model, "preprocess"):  # before version 5.4 they had none
+            options.pop("prompt", None)
         scores: torch.Tensor = model.predict(list(inputs), activation_fn=torch.nn.Identity(), **options)
         return scores
     method = {None: "encode", "query": "encode_query", "document": "encode_document"}[kind]
