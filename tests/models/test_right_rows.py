@@ -66,6 +66,37 @@ def test_a_classifier_that_takes_the_last_token_that_is_no_padding(tmp_path: Pat
         assert_close(raw, own_rows(CrossEncoder(str(folder), device="cpu"), pairs)[:, 0])
 
 
+@models.needs_interface
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+def test_a_default_prompt_hides_no_head(tmp_path: Path, pooling: str) -> None:
+    """Heads are told apart without the default prompt, whose length would make each step back for the careful one."""
+    prompts = {"query": "question: ", "other": "x: "}
+    folder = models.save_embedder(tmp_path, pooling=pooling, prompts=prompts, default_prompt_name="other")
+    texts = [text_of(n, n) for n in (12, 3, 40)]
+    ours, theirs = embedder(folder)
+    with ours:
+        for found, method in (
+            (ours.embed_documents(texts), theirs.encode_document),
+            (ours.embed_queries(texts), theirs.encode_query),
+            (ours.run(texts).embeddings, theirs.encode),
+            (ours.run(texts, prompt="").embeddings, lambda given: theirs.encode(given, prompt="")),
+        ):
+            assert_close(found, np.concatenate([method([text]) for text in texts]))
+
+
+@models.needs_interface
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+def test_padding_at_the_end_hides_no_head(tmp_path: Path, pooling: str) -> None:
+    """Heads are told apart on texts that do not end in padding, where "last" would step back as well."""
+    folder = models.save_embedder(tmp_path, "qwen3", pooling=pooling)
+    models.save_tokenizer(folder, "qwen3", padding_side="left", special_tokens=False)
+    texts = [text_of(n, n) for n in (12, 3, 40)] + ["a [PAD]"]
+    ours, theirs = embedder(folder)
+    with ours:
+        assert (ours._engine.model.check.head == "last") == (pooling == "lasttoken")
+        assert_close(ours.embed_documents(texts), own_rows(theirs, texts))
+
+
 # -- state, or a switch by length, inside a forward -------------------------------------------------------------------
 
 ROPES = {

@@ -34,15 +34,20 @@ def rows(
     row: PackedRow,
     features: Mapping[str, Any],
     pad_id: int | None,
+    *,
+    strict: bool = False,
 ) -> Tensor:
     """Final rows, shape (sequences, width), of `output`, the encoder's for one packed row. head: of :data:`HEADS`.
 
     pad_id: the token that a classifier of a decoder takes for padding. It reads the last token that is none, so where
-    a text itself ends in one, the last token of the sequence is the wrong one.
+    a text itself ends in one, the last token of the sequence is the wrong one. strict: raise NotImplementedError where
+    `head` would step back for "groups": a check that compared "groups" with itself would let any head through.
     """
     same = len(set(row.lengths)) == 1
     whole = "prompt_length" in features or getattr(output, "hidden_states", None) is not None
     if same or whole or (head == "last" and row.ends_in(pad_id)):
+        if strict and head != "groups":
+            raise NotImplementedError(f"the head {head!r} cannot be tried on these")
         head = "groups"  # nothing to gain, or more to look at than single tokens
     if head == "flat":
         return _flat(run, stub, output, row, features)

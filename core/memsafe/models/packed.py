@@ -108,6 +108,10 @@ class PackedModel:
             if vars(module).get("_compiled_call_impl") is not None:
                 raise NotImplementedError("the model is compiled")
 
+    def ends_in_padding(self, ids: Any) -> bool:
+        """Whether a sequence of these ids ends in what its classifier takes for padding."""
+        return len(ids) > 0 and self._pad_id is not None and int(ids[-1]) == self._pad_id
+
     def pack(self, ids: Any, lengths: Sequence[int], types: Any = None) -> PackedRow:
         """The sequences on the model's device. ids, types: integers of shape (tokens,) on the host: the sequences end to
         end, equal `lengths` adjacent; types: None for zeros."""
@@ -149,14 +153,17 @@ class PackedModel:
         return self.rows(self.hidden_states(row), row, features)
 
     @torch.inference_mode()
-    def rows(self, output: Any, row: PackedRow, features: Mapping[str, Any] | None = None) -> Tensor:
-        """The second half of :meth:`forward`: everything behind the encoder, whose `output` for one row is given."""
+    def rows(
+        self, output: Any, row: PackedRow, features: Mapping[str, Any] | None = None, *, strict: bool = False
+    ) -> Tensor:
+        """The second half of :meth:`forward`: everything behind the encoder, whose `output` for one row is given.
+        strict: see :func:`heads.rows`."""
         outer, stub = self._outer()
 
         def run(inputs: dict[str, Any]) -> Tensor:
             return self._run(outer, inputs)
 
-        return heads.rows(self.head, run, stub, output, row, features or {}, self._pad_id)
+        return heads.rows(self.head, run, stub, output, row, features or {}, self._pad_id, strict=strict)
 
     @torch.inference_mode()
     def plain(self, features: Mapping[str, Any]) -> Tensor:

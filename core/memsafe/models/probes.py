@@ -15,7 +15,17 @@ from memsafe.models import sbert
 from memsafe.models.packed import find_hf_model
 from memsafe.models.private import ForwardState, private_copy
 
-__all__ = ["Call", "Probe", "budget_tokens", "calls", "longest_wanted", "probe_inputs", "reference", "reference_model"]
+__all__ = [
+    "BARE",
+    "Call",
+    "Probe",
+    "budget_tokens",
+    "calls",
+    "longest_wanted",
+    "probe_inputs",
+    "reference",
+    "reference_model",
+]
 
 OPERATIONS = 2.3e11
 """Floating-point operations of all forwards of a check together, at most: about two seconds on two CPU cores."""
@@ -27,15 +37,21 @@ _WORDS = "the river runs past nine old mills and one red bridge before it meets 
 
 @dataclass(frozen=True)
 class Call:
-    """One way to call a model. kind: "query", "document" or None for plain ``encode`` / ``predict``. task: of its own."""
+    """One way to call a model. kind: "query", "document" or None for plain ``encode`` / ``predict``; prompt: "" for none;
+    task: of the model's own."""
 
     kind: str | None = None
     prompt_name: str | None = None
+    prompt: str | None = None
     task: str | None = None
 
     @property
     def options(self) -> dict[str, str]:
         return {} if self.task is None else {"task": self.task}
+
+
+BARE = Call(prompt="")
+"""Without the default prompt, which some poolings leave out, so that heads can be told apart."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +113,13 @@ def probe_inputs(tokenizer: Any, *, pairs: bool, longest: int) -> list[Any]:
 
 
 def calls(model: Any, pairs: bool) -> list[Call]:
-    """Every way to call `model` beside the plain one: with each prompt and each task of its own, as query and document."""
+    """Every way to call `model` beside the bare one: by default, with each prompt and task of its own, by kind."""
     prompts: dict[str, str] = getattr(model, "prompts", None) or {}
     named = {text: name for name, text in prompts.items() if text}
     kinds = [] if pairs else ["query", "document"]
     tasks = [name for name in sbert.tasks(model) if name not in kinds]
     return [
+        Call(),
         *map(Call, kinds),
         *(Call(prompt_name=name) for name in list(named.values())[:8]),
         *(Call(task=name) for name in tasks[:8]),
@@ -120,7 +137,12 @@ def reference(model: Any, values: Sequence[Any], call: Call) -> list[Probe]:
         with _overheard(model) as heard:
             try:
                 row = sbert.own_rows(
-                    model, [value], kind=call.kind, prompt_name=call.prompt_name, options=call.options
+                    model,
+                    [value],
+                    kind=call.kind,
+                    prompt=call.prompt,
+                    prompt_name=call.prompt_name,
+                    options=call.options,
                 )[0]
             except Exception as error:
                 if is_out_of_memory(error):

@@ -227,7 +227,7 @@ class Routes:
 
     def batch_of(self, values: Sequence[Any], call: Call) -> tuple[MicroBatch, dict[str, Any]]:
         """`values` as the micro-batch of a call, longest first, each with its place in `values` as index; and its extras."""
-        prompt = sbert.resolve_prompt(self.run, None, call.prompt_name, call.kind)
+        prompt = sbert.resolve_prompt(self.run, call.prompt, call.prompt_name, call.kind)
         options = sbert.with_task(self.run, call.kind, call.options, self.encoder.accepts)
         way = self.encoder.model_way(prompt, options)
         items = [
@@ -243,6 +243,12 @@ class Routes:
         batch, extras = self.batch_of(values, call)
         rows = self.forward(batch, extras)
         return rows[_places(batch)]
+
+    def ends_in_padding(self, values: Sequence[Any], call: Call) -> list[bool]:
+        """Which of `values` end in a padding token written in them."""
+        batch, _ = self.batch_of(values, call)
+        packed = PackedModel(self.run)
+        return [packed.ends_in_padding(batch.items[place].input_ids) for place in _places(batch)]
 
     def company(self, values: Sequence[Any], call: Call) -> list[bool]:
         """Which of `values` may run with others."""
@@ -268,7 +274,7 @@ class Routes:
         if self._last is None:
             raise NotImplementedError("nothing was packed")
         batch, extras, row, output = self._last
-        return PackedModel(self.run, head).rows(output, row, extras)[_places(batch)]
+        return PackedModel(self.run, head).rows(output, row, extras, strict=True)[_places(batch)]
 
 
 def _places(batch: MicroBatch) -> list[int]:

@@ -226,6 +226,8 @@ def own_rows(
     given: dict[str, Any] = {name: value for name, value in prompts.items() if value is not None}
     given |= {**(options or {}), "batch_size": 1, "show_progress_bar": False, "convert_to_tensor": True}
     if is_reranker(model):
+        if not prompt and not hasattr(model, "preprocess"):  # before version 5.4 they had none
+            given.pop("prompt", None)
         scores: torch.Tensor = model.predict(list(inputs), activation_fn=torch.nn.Identity(), **given)
         return scores
     methods = {"query": "encode_query", "document": "encode_document"}

@@ -19,7 +19,7 @@ from torch import Tensor
 from memsafe.machine.refusals import is_out_of_memory
 from memsafe.models import probes
 from memsafe.models.heads import HEADS
-from memsafe.models.probes import Call, Probe
+from memsafe.models.probes import BARE, Call, Probe
 
 __all__ = ["SelfCheck", "Subject", "run_self_check", "tolerance"]
 
@@ -73,6 +73,9 @@ class Subject(Protocol):
 
     def company(self, values: Sequence[Any], call: Call) -> list[bool]:
         """Which of `values` may run with others, however the others run."""
+
+    def ends_in_padding(self, values: Sequence[Any], call: Call) -> list[bool]:
+        """Which of `values` end in a padding token written in them."""
 
     def pack(self, values: Sequence[Any], call: Call) -> list[Tensor]:
         """Pack `values` through the encoder: its last hidden states of each, shape (tokens, hidden size)."""
@@ -137,13 +140,15 @@ class _Checker:
         longest = probes.longest_wanted(subject.encoder_module, subject.max_length, device)
         values = probes.probe_inputs(subject.tokenizer, pairs=pairs, longest=longest)
         model = probes.reference_model(subject.run)
-        self.plain = probes.reference(model, values, Call())
-        company = subject.company([probe.value for probe in self.plain], Call())
+        self.plain = probes.reference(model, values, BARE)
+        company = subject.company([probe.value for probe in self.plain], BARE)
         self.in_company = [probe for probe, may in zip(self.plain, company, strict=True) if may]
-        few = values[1:3] if probes.budget_tokens(subject.encoder_module, device) > 1000 else values[2:3]
+        few = values[1:2] + values[-2:-1]  # of two lengths
         self.others = [probes.reference(model, few, call) for call in probes.calls(model, pairs)]
 
     def find(self) -> SelfCheck:
+        if not self.plain and any(self.others):  # a Router without a default route
+            return self._careful(SelfCheck(False, False, "the model asks for a task or a prompt"))
         if not self.plain:
             return SelfCheck(False, False, "the model itself gives no finite row of any probe")
         quick = self._quick() if not self.subject.refusal else SelfCheck(False, False, self.subject.refusal)
@@ -170,10 +175,14 @@ class _Checker:
         return SelfCheck(False, False, why[2], why[1])
 
     def _head(self) -> str:
-        """The quickest head that gives the same rows of what was last packed."""
+        """The quickest head that gives the same rows, each really taken: none steps back for "groups" here."""
+        ends = self.subject.ends_in_padding([probe.value for probe in self.in_company], BARE)
+        some = [probe for probe, padding in zip(self.in_company, ends, strict=True) if not padding]
+        if len(some) < len(self.in_company):
+            self.subject.pack([probe.value for probe in some], BARE)
 
         def compare(head: str) -> Callable[[], float]:
-            return lambda: self._against(self.in_company, self.subject.rows_by(head))
+            return lambda: self._against(some, self.subject.rows_by(head))
 
         return next((head for head in HEADS[1:] if self._try(compare(head), self.allowed)[0]), HEADS[0])
 
@@ -214,13 +223,13 @@ class _Checker:
 
     def _packed(self) -> float:
         """Rows, and hidden states as well: a score, or a mean over many tokens, can hide a wrong token."""
-        hidden = self.subject.pack([probe.value for probe in self.in_company], Call())
+        hidden = self.subject.pack([probe.value for probe in self.in_company], BARE)
         pairs = [(ours, probe.hidden) for ours, probe in zip(hidden, self.in_company, strict=True)]
         shown = [(a, b) for a, b in pairs if b is not None and a.shape == b.shape]
         return _worst(_largest(shown, scores=False), self._against(self.in_company, self.subject.rows_by(HEADS[0])))
 
     def _all_calls(self) -> float:
-        return _worst(self._rows(self.plain), *(self._rows(each) for each in self.others if each))
+        return _worst(*(self._rows(each) for each in (self.plain, *self.others) if each))
 
     def _rows(self, wanted: Sequence[Probe]) -> float:
         return self._against(wanted, self.subject.rows_of([probe.value for probe in wanted], wanted[0].call))
