@@ -126,15 +126,21 @@ class _Hashed:
 
 @lru_cache(maxsize=4)
 def fixed_runs(hashed: _Hashed, lengths: tuple[int, ...], seed: int, clients: int) -> list[tuple[int, Outcome]]:
-    """(size, outcome) of each fixed size that fits, smallest first; larger ones are left out once two in a row are slower."""
-    curve, runs = hashed.curve, []
-    for size in SIZES:
-        if runs and 2 * curve.bytes["per_token"] * size > curve.free_bytes:
-            break
-        runs.append((size, simulate(curve, lengths, seed=seed, fixed_tokens=size, clients=clients)))
-        if len(runs) > 3 and runs[-1][1].total_s > runs[-2][1].total_s > runs[-3][1].total_s:
-            break
-    return runs
+    """(size, outcome) of fixed sizes that fit, smallest first: from the middle on to either side, until two in a row are a fifth
+    slower than the best."""
+    curve, runs = hashed.curve, {}
+    middle = SIZES.index(8192)
+    for sizes in (SIZES[middle::-1], SIZES[middle + 1 :]):
+        behind = 0
+        for size in sizes:
+            if runs and 2 * curve.bytes["per_token"] * size > curve.free_bytes:
+                break
+            runs[size] = simulate(curve, lengths, seed=seed, fixed_tokens=size, clients=clients)
+            best_s = min(run.total_s for run in runs.values())
+            behind = behind + 1 if runs[size].total_s > 1.2 * best_s else 0
+            if behind == 2:
+                break
+    return sorted(runs.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

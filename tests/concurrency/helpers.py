@@ -45,6 +45,24 @@ def lane_names() -> list[str]:
     return [name for name in names if name.startswith("memsafe-") and name != "memsafe-reaper"]
 
 
+def before_encoding(encoder: Any, do: Callable[[], object]) -> None:
+    """Call `do` before each piece of texts that `encoder` turns into tokens."""
+    way = encoder.way
+
+    def wrapped(*args: Any) -> Any:
+        chosen = way(*args)
+        encode = chosen.encode
+
+        def held(inputs: Any) -> Any:
+            do()
+            return encode(inputs)
+
+        chosen.encode = held
+        return chosen
+
+    encoder.way = wrapped
+
+
 def pending(model: Any) -> int:
     """Inputs of an Embedder or Reranker that wait."""
     return int(model._engine.backlog.pending)

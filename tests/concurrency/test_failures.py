@@ -18,7 +18,7 @@ from memsafe.engine import lanes
 from memsafe.engine.lanes import lanes_of
 from memsafe.planning.batch import MicroBatch
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder, SimulatedReranker
-from tests.concurrency.helpers import PATIENCE_S, Watch, occupy, pending, start, wait_until
+from tests.concurrency.helpers import PATIENCE_S, Watch, before_encoding, occupy, pending, start, wait_until
 from tests.concurrency.test_priorities import SMALL, texts
 
 
@@ -280,15 +280,13 @@ def test_close_is_prompt_while_others_wait(device: SimulatedDevice) -> None:
 def test_close_while_a_call_is_tokenised_ends_the_call(device: SimulatedDevice) -> None:
     """A call that is still tokenising when the embedder is closed gets ClosedError rather than waiting for ever."""
     embedder = SimulatedEmbedder(device)
-    encoder = embedder._engine.model.encoder
-    encode, entered, go = encoder.encode, threading.Event(), threading.Event()
+    entered, go = threading.Event(), threading.Event()
 
-    def held(*args: object) -> object:
+    def hold() -> None:
         entered.set()
         assert go.wait(PATIENCE_S)
-        return encode(*args)
 
-    encoder.encode = held
+    before_encoding(embedder._engine.model.encoder, hold)
     call = start(embedder.embed_documents, texts(5))
     assert entered.wait(PATIENCE_S)
     embedder.close()

@@ -9,7 +9,7 @@ import pytest
 
 from memsafe import BusyError
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder
-from tests.concurrency.helpers import PATIENCE_S, Watch, pending, start, wait_until
+from tests.concurrency.helpers import PATIENCE_S, Watch, before_encoding, pending, start, wait_until
 from tests.concurrency.test_priorities import texts
 
 
@@ -53,14 +53,8 @@ def test_a_full_queue_refuses_callers(device: SimulatedDevice) -> None:
 def test_callers_that_come_at_the_same_moment_are_counted(device: SimulatedDevice) -> None:
     """Of many calls at once, those that `max_pending` has no room for get BusyError, though none is tokenised yet."""
     with SimulatedEmbedder(device, memory={"max_pending": 10, "on_full": "raise"}) as embedder:
-        encoder, tokenise = embedder._engine.model.encoder, threading.Event()
-        encode = encoder.encode
-
-        def held(*args: object) -> object:
-            assert tokenise.wait(PATIENCE_S)
-            return encode(*args)
-
-        encoder.encode = held
+        tokenise = threading.Event()
+        before_encoding(embedder._engine.model.encoder, lambda: tokenise.wait(PATIENCE_S))
         calls = [start(embedder.embed_documents, texts(2, word=f"c{i}x")) for i in range(12)]
         wait_until(lambda: sum(call.done() for call in calls) == 7, "refusals")
         assert all(isinstance(call.exception(), BusyError) for call in calls if call.done())

@@ -597,3 +597,16 @@ def test_a_micro_batch_without_measurements_teaches_nothing() -> None:
     ticket = world.start()
     assert world.scheduler.ran(ticket, ticket.batch, Measured()) == []
     assert not sizing.samples and not tenant.ledger.cost.num_observations
+
+
+def test_what_the_models_own_code_sees_is_planned_as_it_runs() -> None:
+    """A packed model whose own preprocessing must see some texts pads those: their micro-batches are planned padded, and so
+    charged for the padding; all others stay packed."""
+    world = World()
+    tenant = world.tenant()
+    for item in world.add(tenant, [32, 2, 2, 2]):
+        item.raw = "a text"
+    ticket = world.start()
+    assert not ticket.batch.packed and ticket.batch.shape.tokens == 64  # two of 32, one of them mostly padding
+    world.add(tenant, [8, 8], QUERY)
+    assert world.start().batch.packed

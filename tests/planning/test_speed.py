@@ -109,7 +109,7 @@ def test_any_samples_give_a_monotone_curve(rows: list[tuple[int, float, float | 
         most = 4 * 2**0.25 * made.points[-1].tokens + 1  # sizes are tried in steps of a quarter of a doubling
         assert made.points[0].tokens <= made.smallest(0.05, lengths, beyond=4) <= most
         back = SpeedCurve.from_json(json.loads(json.dumps(made.to_json())))
-        assert [point[:2] for point in back.points] == pytest.approx([point[:2] for point in made.points])
+        assert [point[:2] for point in back.points] == [pytest.approx(point[:2]) for point in made.points]
 
 
 def test_between_points_straight_lines_and_beyond_the_hulls_last_slope() -> None:
@@ -192,11 +192,21 @@ def test_a_curve_that_was_learnt_earlier_stands_against_a_slow_start() -> None:
 
 @pytest.mark.parametrize(("factor", "kept"), [(1.0, True), (1.4, True), (1.7, False), (0.5, False)])
 def test_what_was_learnt_is_dropped_when_it_disagrees(factor: float, kept: bool) -> None:
-    """Half as fast or twice as fast as what an earlier process found: all of that is dropped, other sizes too."""
+    """Half as fast or twice as fast as what an earlier process found: all is learnt anew, from nothing."""
     made = SpeedCurve([Point(1024, 0.1, 8), Point(4096, 0.4, 8)])
     for _ in range(4):
         made.observe(Sample(1024, 0.1 * factor))
-    assert [point.tokens for point in made.points] == ([1024, 4096] if kept else [1024])
+    assert [point.tokens for point in made.points] == ([1024, 4096] if kept else [])
+
+
+@pytest.mark.parametrize(("factor", "kept"), [(2.5, True), (3.5, False)])
+def test_what_is_far_off_is_dropped_after_two_samples(factor: float, kept: bool) -> None:
+    """A card of another kind shows at once; two samples suffice where they are three times as slow, and no fewer."""
+    made = SpeedCurve([Point(1024, 0.1, 8)])
+    made.observe(Sample(1024, 0.1 * factor))
+    assert made.points
+    made.observe(Sample(1024, 0.1 * factor))
+    assert bool(made.points) == kept
 
 
 # -- keeping -------------------------------------------------------------------------------------------------------

@@ -88,14 +88,16 @@ class Tenant:
         self.released_bytes = 0  # to make room for it; told with its next micro-batch
         self.extra_probes = traits.extra_probes
         self._most_rows = traits.most_rows
-        self._planners: dict[int | None, BatchPlanner] = {}
+        self._planners: dict[tuple[int | None, bool], BatchPlanner] = {}
 
-    def planner(self, max_rows: int | None) -> BatchPlanner:
-        """The planner for inputs of which at most `max_rows` may run together; None for no cap."""
-        if max_rows not in self._planners:
+    def planner(self, max_rows: int | None, raw: bool = False) -> BatchPlanner:
+        """The planner for inputs of which at most `max_rows` may run together; None for no cap. raw: the model's own
+        preprocessing sees them, and pads."""
+        packed = self.model.packed and not raw
+        if (max_rows, packed) not in self._planners:
             caps = [cap for cap in (max_rows, self._most_rows) if cap is not None]
-            self._planners[max_rows] = BatchPlanner(self.model.packed, self.model.pad_multiple, min(caps, default=None))
-        return self._planners[max_rows]
+            self._planners[max_rows, packed] = BatchPlanner(packed, self.model.pad_multiple, min(caps, default=None))
+        return self._planners[max_rows, packed]
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,7 +269,7 @@ class Scheduler:
         if sized is None:
             return None
         size, start, extra = sized
-        planner = tenant.planner(key.max_rows)
+        planner = tenant.planner(key.max_rows, raw=items[0].raw is not None)
         batch = planner.take(items, start, cost=tenant.ledger.cost, budget_bytes=room_bytes, max_tokens=size.tokens)
         bound_bytes = tenant.ledger.bound(batch.shape)
         fits = bound_bytes <= room_bytes

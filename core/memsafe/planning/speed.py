@@ -201,8 +201,11 @@ class SpeedCurve:
     def run_seconds(self, tokens: int, lengths: Mapping[int, int]) -> float:
         """What texts of these `lengths` (how many of each :func:`size_class`) take in micro-batches of at most `tokens`.
 
-        A text longer than that has one for itself. Attention within texts, which no size changes, is counted as well.
+        A text longer than that has one for itself. Attention within texts, which no size changes, is counted as well. 0 if
+        nothing was measured.
         """
+        if not self.points:
+            return 0.0
         return float(self._run_seconds(np.array([tokens]), lengths)[0])
 
     def _run_seconds(self, sizes: NDArray[np.int64], lengths: Mapping[int, int]) -> FloatArray:
