@@ -18,6 +18,7 @@ from benchmarks import contenders, machine, report, texts
 from benchmarks.concurrency import concurrency
 from benchmarks.contenders import EMBED, RERANK, Contender
 from benchmarks.dtype import dtype
+from benchmarks.feeding import feeding
 from benchmarks.overhead import overhead
 from benchmarks.prediction import CASES, prediction
 from benchmarks.speed import Arena, Task, compare, peaks, scale
@@ -149,12 +150,16 @@ class Suite:
         """The machinery's own cost."""
         return overhead(folder=self.folder, **({"count": 60, "rounds": 2} if self.quick else {}))
 
+    def feeding(self) -> Results:
+        """Tokenising alone, against the way it was done before."""
+        return feeding(**({"count": 400, "rounds": 2} if self.quick else {}))
+
     def dtype(self) -> Results:
         """Half precision."""
         return dtype(folder=self.folder, **({"count": 60, "rounds": 2, "budget_s": 10} if self.quick else {}))
 
 
-SECTIONS = ("speed", "rerank", "memory", "concurrency", "prediction", "overhead", "dtype", "mixes", "scale")
+SECTIONS = ("speed", "rerank", "memory", "concurrency", "prediction", "overhead", "feeding", "dtype", "mixes", "scale")
 QUICK = ("speed", "rerank", "memory", "concurrency", "prediction", "overhead")
 
 

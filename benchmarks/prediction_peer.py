@@ -30,7 +30,7 @@ class Prediction(Peer):
             from memsafe.models.selfcheck import SelfCheck
 
             check = SelfCheck(False, self.layout == "padded", "the benchmark asks for the padded path")
-            vars(module)["run_self_check"] = lambda *_args, **_options: check
+            vars(module)["run_self_check"] = lambda routes: routes.use(check) or check
         self.embedder = self._open({})
 
     def _open(self, memory_options: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -270,6 +271,25 @@ def overhead(section: Section) -> list[str]:
     )
 
 
+def feeding(section: Section) -> list[str]:
+    """Medians; ratios are to the way before, round by round."""
+    lines = [
+        "## Tokenising alone",
+        "",
+        "Texts to token ids in the queue, thousands of tokens a second; no forward runs.",
+        "",
+    ]
+    rows = []
+    for row in section["rows"]:
+        if "not_run" in row:
+            rows.append([str(row["cores"]), row["not_run"], "", "", "", ""])
+            continue
+        rate = {label: statistics.median(values) / 1e3 for label, values in row["tokens_per_s"].items()}
+        shown = [f"{rate[label]:,.0f} ({row['ratio'][label]:.1f}x)" for label in ("now, first call", "now")]
+        rows.append([str(row["cores"]), row["texts"], "yes" if row["busy"] else "", f"{rate['before']:,.0f}", *shown])
+    return lines + table(["cores", "texts", "a busy Python thread beside", "before", "now, first call", "now"], rows)
+
+
 def dtype(section: Section) -> list[str]:
     return ["## Half precision", "", *_task(section, "times our float32", _speed_of)[2:]]
 
@@ -283,6 +303,7 @@ SECTIONS: dict[str, Callable[[Section], list[str]]] = {
     "concurrency": concurrency,
     "prediction": prediction,
     "overhead": overhead,
+    "feeding": feeding,
     "dtype": dtype,
 }
 

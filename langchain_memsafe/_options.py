@@ -18,7 +18,7 @@ class KeywordError(ConfigError, TypeError):
     """A keyword argument that cannot be given here: the TypeError that calling upstream with it would raise."""
 
 
-def encode_options(given: Mapping[str, Any], *, device: Any) -> dict[str, Any]:
+def encode_options(given: Mapping[str, Any], *, device: Any, model: Any) -> dict[str, Any]:
     """Translate `encode_kwargs` (those of ``SentenceTransformer.encode``) into options of ``Embedder.run``.
 
     Args:
@@ -40,13 +40,13 @@ def encode_options(given: Mapping[str, Any], *, device: Any) -> dict[str, Any]:
     as_tensor, as_numpy = rest.pop("convert_to_tensor", False), rest.pop("convert_to_numpy", True)
     if wanted != "sentence_embedding" or not (as_tensor or as_numpy):
         raise TypeError(_LIST_MESSAGE)
-    options = _common(rest, "encode_kwargs", _ENCODE, device)
+    options = _common(rest, "encode_kwargs", _ENCODE, device, model)
     if "normalize_embeddings" in options:
         options["normalize"] = bool(options.pop("normalize_embeddings"))
     return options
 
 
-def predict_options(given: Mapping[str, Any], *, device: Any) -> dict[str, Any]:
+def predict_options(given: Mapping[str, Any], *, device: Any, model: Any) -> dict[str, Any]:
     """Translate `predict_kwargs` (those of ``CrossEncoder.predict``) into options of ``Reranker.run``.
 
     Raises:
@@ -57,7 +57,7 @@ def predict_options(given: Mapping[str, Any], *, device: Any) -> dict[str, Any]:
     _refuse(rest, "predict_kwargs", ("inputs", "sentences", "show_progress_bar"))
     for name in ("convert_to_tensor", "convert_to_numpy"):  # the container; the scores are the same
         rest.pop(name, None)
-    return _common(rest, "predict_kwargs", _PREDICT, device)
+    return _common(rest, "predict_kwargs", _PREDICT, device, model)
 
 
 def load_options(given: Mapping[str, Any], taken: Iterable[str] = ()) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _refuse(given: Mapping[str, Any], where: str, names: Iterable[str]) -> None:
             raise KeywordError(f"{where}: got multiple values for keyword argument {name!r}; {remedy}")
 
 
-def _common(rest: dict[str, Any], where: str, names: tuple[str, ...], device: Any) -> dict[str, Any]:
+def _common(rest: dict[str, Any], where: str, names: tuple[str, ...], device: Any, model: Any) -> dict[str, Any]:
     rest.pop("chunk_size", None)  # how upstream feeds its process pool; the core plans for itself
     if rest.pop("pool", None) is not None:
         raise ConfigError(
@@ -119,11 +119,11 @@ def _common(rest: dict[str, Any], where: str, names: tuple[str, ...], device: An
         options["max_rows"] = size
     given = {name: rest.pop(name) for name in names if name in rest}
     options |= {name: value for name, value in given.items() if value is not None}  # None: as if it were left out
-    if rest:
-        known = ", ".join(
-            sorted((*names, "batch_size", "chunk_size", "convert_to_numpy", "convert_to_tensor", "device"))
-        )
-        raise ConfigError(f"{where}: unknown option {sorted(rest)[0]!r}; choose from {known}")
+    own = {"task", "processing_kwargs", *getattr(model, "get_model_kwargs", list)()}
+    if unknown := sorted(set(rest) - own):
+        known = sorted({*names, *own, "batch_size", "chunk_size", "convert_to_numpy", "convert_to_tensor", "device"})
+        raise ConfigError(f"{where}: unknown option {unknown[0]!r}; choose from {', '.join(known)}")
+    options |= rest
     return options
 
 

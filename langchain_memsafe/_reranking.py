@@ -57,7 +57,10 @@ class RerankerModel(CoreModel):
 
     def _options(self, reranker: Reranker) -> dict[str, Any]:
         """Options of ``Reranker.run``: someone waits for a ranking, so it goes before bulk work."""
-        options = {**predict_options(self.predict_kwargs, device=self._shared.device), "urgent": True}
+        options = {
+            **predict_options(self.predict_kwargs, device=self._shared.device, model=reranker.model),
+            "urgent": True,
+        }
         return {**options, "show_progress": self.show_progress}
 
 

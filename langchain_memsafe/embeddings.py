@@ -156,7 +156,7 @@ class MemsafeEmbeddings(CoreModel, Embeddings):
         options: dict[str, Any] = {"kind": "document" if self.use_saved_prompts else None}
         if self.multi_process:
             return {**options, "show_progress": False}
-        options |= encode_options(encode_kwargs, device=self._shared.device)
+        options |= encode_options(encode_kwargs, device=self._shared.device, model=self._client)
         return {**options, "show_progress": self.show_progress}
 
     def _query_options(self, embedder: Embedder) -> dict[str, Any]:

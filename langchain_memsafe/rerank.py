@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -133,8 +132,9 @@ def _ranking(scores: np.ndarray, kept: int | None) -> list[dict[str, Any]]:
 
 
 def _scored(document: Document, key: str, score: float) -> Document:
-    """A copy with `score` in its metadata: id and class are kept, and the two share nothing that can be edited."""
-    return document.model_copy(update={"metadata": {**copy.deepcopy(document.metadata), key: score}})
+    """A copy with `score` in its metadata: id and class are kept. The metadata is a dict of its own; what is in it is shared,
+    since it may be large, or nothing that can be copied (a handle, a lock)."""
+    return document.model_copy(update={"metadata": {**(document.metadata or {}), key: score}})
 
 
 def _checked(documents: Any, kinds: type | tuple[type, ...]) -> tuple[list[Any], list[str]]:

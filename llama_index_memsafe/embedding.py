@@ -30,6 +30,11 @@ from memsafe import ConfigError, Embedder, EventHook, InputError, InputTooLargeE
 __all__ = ["MemsafeEmbedding"]
 
 _DOCUMENT_PROMPTS = ("text", "document", "passage", "corpus")
+_PER_CALL = (
+    "kind", "max_rows", "model", "normalize", "precision", "progress", "prompt", "prompt_name", "show_progress",
+    "truncate_dim", "urgent",
+)  # fmt: skip
+"""What a call decides by itself, or a field of this class does."""
 _ROWS_PER_TURN = 512
 """Rows turned into lists by an async call before it lets the event loop run."""
 
@@ -52,6 +57,9 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
         hooks: Called with the core's events.
         parity: True embeds exactly as upstream, even where it ignores prompts that are saved in the model.
         prompts: Prompts by name, as in sentence-transformers. ``{"query": ""}`` switches a query prompt off.
+        encode_kwargs, query_encode_kwargs: what the model's own modules take in ``encode``, such as ``{"task": "retrieval"}``;
+            those of queries replace the others, if not empty. Without a ``task``, queries and texts are ``"query"`` and
+            ``"document"`` to a model that knows these.
         num_workers, embeddings_cache, rate_limiter: as in ``BaseEmbedding`` (upstream's constructor refuses them).
         revision, truncate_dim, **model_kwargs: as in ``SentenceTransformer``.
 
@@ -72,6 +80,8 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
     prompts: dict[str, str] | None = Field(default=None, description="Prompts by name.")
     revision: str | None = Field(default=None, description="Revision of the model on the hub.")
     truncate_dim: int | None = Field(default=None, description="Dimensions to keep of each embedding.")
+    encode_kwargs: dict[str, Any] = Field(default_factory=dict, description="Keywords of the model's own for encode.")
+    query_encode_kwargs: dict[str, Any] = Field(default_factory=dict, description="The same for queries.")
     dtype: str | None = Field(default=None, description="Data type of the weights; None keeps the checkpoint's.")
     parity: bool = Field(default=False, description="Embed exactly as HuggingFaceEmbedding.")
     memory: Any = Field(default=None, description="A memsafe.MemoryPolicy, or a dict of its fields.", exclude=True)
@@ -109,6 +119,8 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
         prompts: dict[str, str] | None = None,
         revision: str | None = None,
         truncate_dim: int | None = None,
+        encode_kwargs: dict[str, Any] | None = None,
+        query_encode_kwargs: dict[str, Any] | None = None,
         num_workers: int | None = None,
         embeddings_cache: Any | None = None,
         rate_limiter: Any | None = None,
@@ -139,6 +151,8 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
             prompts=prompts,
             revision=revision,
             truncate_dim=truncate_dim,
+            encode_kwargs=encode_kwargs or {},
+            query_encode_kwargs=query_encode_kwargs or {},
             dtype=dtype,
             parity=parity,
             memory=memory,
@@ -218,8 +232,13 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
             options["prompt_name"] = prompt_name
         elif self._core.settings.get("prompts", {}).get(options["kind"]) == "":
             options["prompt"] = ""  # sentence-transformers 5 would put the saved prompt in its place
+        own = self.query_encode_kwargs if prompt_name == "query" and self.query_encode_kwargs else self.encode_kwargs
+        taken = [name for name in own if name in _PER_CALL]
+        if taken:
+            raise ConfigError(f"encode_kwargs: {taken[0]!r} is no option of the model; see the fields of this class")
         unset = self._batch_size_unset and self.embed_batch_size == DEFAULT_EMBED_BATCH_SIZE
         return {
+            **own,
             **options,
             "urgent": prompt_name == "query",  # a question goes before bulk work that waits, with parity too
             "normalize": self.normalize,

@@ -33,7 +33,9 @@ ARCHITECTURES = (
     "mpnet",
 )
 PACKABLE = ("bert", "roberta", "xlm_roberta", "gte", "nomic_bert", "electra", "distilbert", "modernbert", "qwen3")
-"""Architectures whose attention goes through transformers' interface; the other two compute it themselves."""
+"""Architectures whose attention goes through transformers' interface."""
+REGROUPED = ("deberta_v2", "mpnet")
+"""Architectures whose own attention is packed by groups of equal length."""
 
 _CONFIGS = {
     "bert": "BertConfig",
@@ -140,19 +142,66 @@ def tiny_model(
     return model.to(dtype) if dtype is not None else model
 
 
+def own_rows(model: Any, inputs: Any, **options: Any) -> Any:
+    """float32 numpy rows of the model's own encode or predict, each input alone, raw scores of a CrossEncoder.
+
+    A "dynamic" rotary embedding remembers the longest input so far: every input finds a fresh copy of the model.
+    """
+    import copy
+
+    rows = []
+    for value in inputs:
+        fresh = copy.deepcopy(model)
+        if hasattr(fresh, "predict"):
+            row = fresh.predict([value], activation_fn=torch.nn.Identity(), convert_to_tensor=True, **options)
+        else:
+            row = fresh.encode([value], convert_to_tensor=True, **options)
+        rows.append(row.reshape(-1).float().cpu())
+    return torch.stack(rows).numpy()
+
+
+def loaded(model: Any, **options: Any) -> Any:
+    """The LoadedModel of a folder, or of a SentenceTransformer or CrossEncoder, on the CPU, checked and not remembered.
+
+    options: of ModelSpec.
+    """
+    from sentence_transformers import CrossEncoder
+
+    from memsafe import MemoryPolicy
+    from memsafe.machine.device import open_device
+    from memsafe.models.loading import load
+    from memsafe.models.model import ModelSpec
+
+    kind = options.pop("kind", "reranker" if isinstance(model, CrossEncoder) else "embedding")
+    given = str(model) if isinstance(model, (str, Path)) else model
+    spec = ModelSpec(kind, given, options.pop("options", {}), **options)
+    return load(spec, open_device("cpu"), MemoryPolicy(learn=False), 1 << 40)
+
+
 def save_tokenizer(
-    folder: Path, architecture: str = "bert", max_length: int = 256, padding_side: str = "right"
+    folder: Path,
+    architecture: str = "bert",
+    max_length: int = 256,
+    padding_side: str = "right",
+    *,
+    token_types: bool | None = None,
+    special_tokens: bool = True,
 ) -> None:
-    """Write the MiniLM tokenizer to `folder`, giving the inputs that `architecture` takes."""
+    """Write the MiniLM tokenizer to `folder`, giving the inputs that `architecture` takes.
+
+    token_types: whether it gives them; None: as the architecture takes them. special_tokens: put around each text.
+    """
     source = minilm_folder()
     content = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     content["truncation"] = content["padding"] = None
+    if not special_tokens:
+        content["post_processor"] = None
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     shutil.copy(source / "vocab.txt", folder / "vocab.txt")
     shutil.copy(source / "special_tokens_map.json", folder / "special_tokens_map.json")
     settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
     names = ["input_ids", "token_type_ids", "attention_mask"]
-    if architecture in _WITHOUT_TOKEN_TYPES:
+    if token_types is False or (token_types is None and architecture in _WITHOUT_TOKEN_TYPES):
         names.remove("token_type_ids")
     settings |= {"model_max_length": max_length, "padding_side": padding_side, "model_input_names": names}
     settings.pop("name_or_path", None)
@@ -242,3 +291,19 @@ def save_reranker(
     model.save_pretrained(folder)
     save_tokenizer(folder, architecture, max_length)
     return folder
+
+
+def save_routed(folder: Path) -> Path:
+    """Write a SentenceTransformer with one route for queries and one for documents, and return its folder."""
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        from sentence_transformers.sentence_transformer.modules import Router
+    except ImportError:  # before sentence-transformers 6
+        from sentence_transformers.models import Router
+    parts = [
+        SentenceTransformer(str(save_embedder(folder / f"part{seed}", seed=seed)), device="cpu") for seed in (1, 2)
+    ]
+    router = Router.for_query_document(*(list(part.children()) for part in parts))
+    SentenceTransformer(modules=[router], device="cpu").save(str(folder / "routed"))
+    return folder / "routed"

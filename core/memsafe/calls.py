@@ -72,6 +72,8 @@ class Model:
     """A loaded model and the way of a call through it. Base of Embedder and Reranker."""
 
     _kind = ""
+    _settings: dict[str, Any]
+    """What the subclass was constructed with."""
 
     def __init__(
         self,
@@ -133,7 +135,30 @@ class Model:
 
     def close(self) -> None:
         """Free the model and give its memory back; calls that still wait fail. Closing twice is fine."""
-        self._engine.close()
+        if "_engine" in vars(self):  # a copy that was never used has loaded nothing
+            self._engine.close()
+
+    # copies and pickles: the settings travel, the model is loaded where it is first used
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not isinstance(self._settings["model"], (str, os.PathLike)):
+            raise ConfigError(
+                f"model: a {type(self).__name__} with a loaded model cannot be copied or pickled; make it from a folder or a "
+                "hub id, which is loaded where the copy is used"
+            )
+        return {"_settings": self._settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _loading=threading.RLock())
+
+    def __getattr__(self, name: str) -> Any:
+        """What a copy lacks is there once it has loaded its model."""
+        if name.startswith("__") or "_loading" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        with self._loading:
+            if "_engine" not in vars(self):
+                self.__init__(**self._settings)  # type: ignore[misc]
+        return object.__getattribute__(self, name)
 
     def __enter__(self: _Self) -> _Self:
         return self
@@ -212,9 +237,8 @@ class Model:
             prompt = sbert.resolve_prompt(self.model, options.prompt, options.prompt_name, options.kind)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        given = dict(options.model)
-        if options.kind is not None and "task" in self._model_options():
-            given.setdefault("task", options.kind)
+        encoder = self._engine.model.encoder
+        given = sbert.with_task(self.model, options.kind, options.model, lambda given: encoder.accepts(given))
         return self._engine.way(prompt, given)
 
 

@@ -69,6 +69,18 @@ class Embedder(Model):
         show_progress: bool = False,
         **options: Any,
     ) -> None:
+        self._settings = {
+            **options,
+            "model": model,
+            "device": device,
+            "dtype": dtype,
+            "max_length": max_length,
+            "normalize": normalize,
+            "truncate_dim": truncate_dim,
+            "memory": memory,
+            "hooks": hooks,
+            "show_progress": show_progress,
+        }
         truncate_dim = _check_dim(truncate_dim)
         if truncate_dim is not None and isinstance(model, (str, os.PathLike)):
             options["truncate_dim"] = truncate_dim  # so that the model itself tells the width that users will get
@@ -89,13 +101,15 @@ class Embedder(Model):
         """Embed `texts` and report what it took.
 
         Options, all optional:
-            kind: ``"query"`` or ``"document"`` uses the prompt that the model saved for it; None the default prompt only.
+            kind: ``"query"`` or ``"document"`` does as ``encode_query`` or ``encode_document``: the prompt that the model
+                saved for it, and that ``task``, if its modules know one by that name; None the default prompt only.
             prompt, prompt_name: put before every text, as in ``SentenceTransformer.encode``; ``""`` for none.
             normalize, truncate_dim: override those given at construction; None leaves them.
             urgent: whether the call goes before bulk work that waits; None: queries do.
             precision: float32, int8, uint8, binary, ubinary, as sentence-transformers' ``quantize_embeddings``.
             max_rows: the most texts in one micro-batch.
             show_progress: a tqdm bar; progress: called with the number of texts just finished.
+            Whatever else the model's own modules take in ``encode``, such as ``task`` (see ``get_model_kwargs()``), goes to them.
 
         Raises:
             InputError: a text is not a str, with its index. ConfigError: an option is unknown.

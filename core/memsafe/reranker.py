@@ -70,6 +70,20 @@ class Reranker(Model):
         show_progress: bool = False,
         **options: Any,
     ) -> None:
+        self._settings = {
+            **options,
+            "model": model,
+            "device": device,
+            "dtype": dtype,
+            "max_length": max_length,
+            "num_labels": num_labels,
+            "activation_fn": activation_fn,
+            "truncation": truncation,
+            "query_max_length": query_max_length,
+            "memory": memory,
+            "hooks": hooks,
+            "show_progress": show_progress,
+        }
         if truncation not in ("longest_first", "only_second"):
             raise ConfigError(f"truncation: got {truncation!r}; choose 'longest_first' or 'only_second'")
         if num_labels is not None:
@@ -119,7 +133,8 @@ class Reranker(Model):
         """Score `pairs` and report what it took.
 
         Options, all optional: activation_fn (overrides the one of the model), apply_softmax (over several labels),
-        prompt, prompt_name, urgent (goes before bulk work), max_rows, show_progress, progress; see :meth:`Embedder.run`.
+        prompt, prompt_name, urgent (goes before bulk work), max_rows, show_progress, progress, and what the model's own
+        modules take; see :meth:`Embedder.run`.
         """
         call = self._call(options)
         rows, report = self._run(inputs.check_pairs(pairs), call.options, call.scores)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -466,9 +467,25 @@ def test_a_layer_and_its_mask_must_agree() -> None:
 @pytest.mark.parametrize(("architecture", "first"), [("bert", 0), ("xlm_roberta", 1), ("roberta", 1), ("gte", 0)])
 def test_positions_start_where_the_model_starts(architecture: str, first: int) -> None:
     """RoBERTa and its kin number positions from behind the padding index, the others from 0; each sequence anew."""
+    padding = interface.padding_position(models.tiny_model(models.tiny_config(architecture)))
+    assert padding == (first - 1 if first else None)
+    positions = interface.positions(np.arange(10, 17), [3, 2, 2], padding)
+    assert positions.tolist() == [first, first + 1, first + 2, first, first + 1, first, first + 1]
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "xlm_roberta"])
+def test_positions_skip_padding_written_in_a_text(architecture: str) -> None:
+    """Where a model derives positions from ``input_ids == padding``, ours are those of transformers' own code."""
     encoder = models.tiny_model(models.tiny_config(architecture))
-    positions = interface.position_ids(encoder, [3, 2, 2])
-    assert positions.tolist() == [[first, first + 1, first + 2, first, first + 1, first, first + 1]]
+    padding = interface.padding_position(encoder)
+    assert padding is not None
+    rows = [torch.tensor(row) for row in ([padding, 5, padding, 7], [5, padding], [padding], [4, 5, 6])]
+    seen: list[Tensor] = []
+    encoder.embeddings.position_embeddings.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    for row in rows:
+        encoder(row[None])
+    positions = interface.positions(torch.cat(rows).numpy(), [len(row) for row in rows], padding)
+    assert positions.tolist() == torch.cat([each[0] for each in seen]).tolist()
 
 
 # -- CUDA kernels, their arguments checked on the CPU by kernels that do the arithmetic -----------------------------

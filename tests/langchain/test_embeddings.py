@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from langchain_memsafe import MemsafeEmbeddings
 from memsafe import ConfigError, InputError, MemoryPolicy, ModelError
+from tests.tiny_models import save_routed
 
 from .conftest import Calls, largest_difference
 
@@ -248,3 +249,22 @@ def test_multi_process_devices(monkeypatch: pytest.MonkeyPatch, device: Any, exp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert all_devices(device) == expected
+
+
+def test_options_of_the_model_are_passed_on(tmp_path: Path) -> None:
+    """encode_kwargs={"task": ...} takes the model's route, as upstream; what nobody knows is refused with its name."""
+    from sentence_transformers import SentenceTransformer
+
+    folder = str(save_routed(tmp_path))
+    model = SentenceTransformer(folder, device="cpu")
+    ours = MemsafeEmbeddings(
+        model_name=folder,
+        model_kwargs={"device": "cpu"},
+        encode_kwargs={"task": "document"},
+        query_encode_kwargs={"task": "query"},
+    )
+    assert largest_difference(ours.embed_documents(["a text"])[0], model.encode("a text", task="document")) < 1e-5
+    assert largest_difference(ours.embed_query("a text"), model.encode("a text", task="query")) < 1e-5
+    for bad in ("no_such_option", "kind", "max_rows"):
+        with pytest.raises(ConfigError, match=f"unknown option '{bad}'"):
+            MemsafeEmbeddings(model_name=folder, encode_kwargs={bad: 1}).embed_documents(["a"])

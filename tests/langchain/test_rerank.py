@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_scores_and_order(reranker: MemsafeRerank, documents: list[Document], pr
 
 
 def test_copies(reranker: MemsafeRerank, documents: list[Document]) -> None:
-    """The caller's documents are untouched; copies keep id and class and share nothing that can be edited."""
+    """The caller's documents are untouched; copies keep id and class, and have metadata of their own."""
 
     class Special(Document):
         extra: str = "kept"
@@ -63,9 +64,18 @@ def test_copies(reranker: MemsafeRerank, documents: list[Document]) -> None:
         assert copied is not document and type(copied) is type(document)
         assert copied.page_content == document.page_content
         assert {**copied.metadata, "relevance_score": None} == {**document.metadata, "relevance_score": None}
-        copied.metadata["tags"].append("edited")
+        copied.metadata["tags"] = copied.metadata["new"] = "edited"
     assert documents == before
     assert isinstance(got["special"].metadata["relevance_score"], float)
+
+
+@pytest.mark.parametrize("metadata", [None, {"lock": threading.Lock(), "large": object()}])
+def test_metadata_that_cannot_be_deep_copied(reranker: MemsafeRerank, metadata: Any) -> None:
+    """No metadata at all, or a handle in it: the copy holds what the document held, and the score."""
+    document = Document.model_construct(page_content="split words", metadata=metadata, id="odd", type="Document")
+    (got,) = reranker.compress_documents([document], QUERY)
+    assert {**got.metadata, "relevance_score": 0} == {**(metadata or {}), "relevance_score": 0}
+    assert document.metadata is metadata
 
 
 def test_score_key(reranker: MemsafeRerank, documents: list[Document]) -> None:

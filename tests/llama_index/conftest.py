@@ -24,7 +24,7 @@ from tests.tiny_models import save_embedder, save_reranker
 # The node parser and the token counter would fetch this file; llama-index-core carries it. Child processes inherit it.
 os.environ["TIKTOKEN_CACHE_DIR"] = str(Path(llama_index.core.__file__).parent / "_static" / "tiktoken_cache")
 
-OURS = ("class_name", "dtype", "parity", "prompts", "revision", "truncate_dim")
+OURS = ("class_name", "dtype", "encode_kwargs", "parity", "prompts", "query_encode_kwargs", "revision", "truncate_dim")
 """What events may show beside upstream's fields, where llama-index-core is so old that it shows all fields."""
 
 QUERY, DOCUMENT = "SAVED QUERY: ", "SAVED DOCUMENT: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from llama_index_memsafe._devices import device_list
 from llama_index_memsafe._instructions import QUERY_INSTRUCTIONS, TEXT_INSTRUCTIONS
 from memsafe import ConfigError, Embedder, InputError, InputTooLargeError, MemoryPolicy, MemsafeError
 from tests.llama_index.conftest import DOCUMENT, QUERY, TEXTS, CoreCalls, recorded
-from tests.tiny_models import before, save_embedder
+from tests.tiny_models import before, save_embedder, save_routed
 
 
 class Limiter:
@@ -646,3 +647,22 @@ def test_a_missing_llama_index_names_the_pip_command() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "MissingExtraError" in done.stdout and 'pip install "memsafe[llama-index]"' in done.stdout
+
+
+def test_options_of_the_model_are_passed_on(tmp_path: Path) -> None:
+    """Queries and texts take their routes by themselves; encode_kwargs and query_encode_kwargs name others."""
+    from sentence_transformers import SentenceTransformer
+
+    folder = str(save_routed(tmp_path))
+    model = SentenceTransformer(folder, device="cpu")
+    query, document = (model.encode("a text", task=task, normalize_embeddings=True) for task in ("query", "document"))
+    ours = MemsafeEmbedding(folder, device="cpu")
+    assert np.allclose(ours.get_query_embedding("a text"), query, atol=1e-5)
+    assert np.allclose(ours.get_text_embedding("a text"), document, atol=1e-5)
+    other = MemsafeEmbedding(
+        folder, device="cpu", encode_kwargs={"task": "query"}, query_encode_kwargs={"task": "document"}
+    )
+    assert np.allclose(other.get_query_embedding("a text"), document, atol=1e-5)
+    assert np.allclose(other.get_text_embedding("a text"), query, atol=1e-5)
+    with pytest.raises(ConfigError, match="max_rows"):
+        MemsafeEmbedding(folder, device="cpu", encode_kwargs={"max_rows": 1}).get_text_embedding("a")

@@ -162,6 +162,21 @@ def test_words_give_what_texts_give() -> None:
             assert [np.frombuffer(ids, np.int32).tolist() for ids in got] == wanted[start : start + 7]
 
 
+def test_texts_of_words_that_never_come_again() -> None:
+    """They go to the tokenizer as they are, more and more often without a look; words that come again are remembered again."""
+    content, asked = ContentTokenizer(wordpiece()), 0
+    words = content._words
+    assert words is not None
+    for start in range(0, 40_000, 1_000):
+        texts = [" ".join(f"{number:x}z" for number in range(start + i, start + i + 100)) for i in range(0, 1_000, 100)]
+        assert words.ids(texts) == content._encode(texts)
+    assert len(words._known) < 100 and words._backoff >= 7
+    for _ in range(60):
+        asked += words._pause > 0
+        assert words.ids(CORPUS) == content._encode(CORPUS)
+    assert asked <= 31 and len(words._known) > 10
+
+
 def test_words_forget_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many different words come, what is remembered stays bounded, and the ids right."""
     monkeypatch.setattr("memsafe.models.words._MOST_WORDS", 500)

@@ -14,8 +14,8 @@ from memsafe import Embedder, MemoryPolicy, ModelTooLargeError
 from memsafe.attention import kernels
 from memsafe.engine.sinks import HostCopy
 from memsafe.machine.device import CpuDevice
-from memsafe.models import model, selfcheck
-from memsafe.models.model import LoadedModel
+from memsafe.models import collate, model, selfcheck
+from memsafe.models.checkstore import CheckStore, check_key
 from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostModel
 from memsafe.planning.scheduler import Tenant
@@ -125,14 +125,13 @@ def test_padded_features_travel_from_pinned_memory(tmp_path: Path, monkeypatch: 
             seen.append(bool(kwargs.get("non_blocking")))
             return self
 
-        monkeypatch.setattr(loaded, "_torch_device", CUDA)
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
         monkeypatch.setattr(torch.Tensor, "to", to)
-        features, uniform = loaded._padded_features(batch, {})
+        features, uniform = loaded.routes.features(loaded.st, batch.items, {}, CUDA, batch.multiple)
         assert seen == [True, True, True] and not uniform
         assert features["input_ids"].shape == (1, 8)
-        loaded._padded_features(batch, {}, torch.device("cpu"))  # the CPU rung must not pin
-        assert seen == [True, True, True, False, False, False]
+        loaded.routes.features(loaded.st, batch.items, {}, torch.device("cpu"))  # the CPU rung must not pin
+        assert seen == [True, True, True]
 
 
 def test_tf32_is_seen_by_either_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,14 +149,15 @@ def test_tf32_is_seen_by_either_of_its_names(monkeypatch: pytest.MonkeyPatch) ->
         matmul.fp32_precision = before
 
 
-def test_a_default_device_does_not_cost_packing(tmp_path: Path) -> None:
-    """With a default device, the self-check's random tokens are still drawn, and rows still reach the host."""
-    from sentence_transformers import SentenceTransformer
-
-    st = SentenceTransformer(str(save_embedder(tmp_path)), device="cpu")
+def test_a_default_device_does_not_move_micro_batches() -> None:
+    """With a default device, packed and padded micro-batches are still made where they belong."""
+    cpu, ids = torch.device("cpu"), np.arange(1000, 1006)
     with torch.device("meta"):  # as set_default_device, which torch 2.6 cannot undo
-        ids = selfcheck._random_ids(st[0].auto_model, st.tokenizer, [9, 4], 0)
-    assert [len(row) for row in ids] == [9, 4] and all(row.device.type == "cpu" for row in ids)
+        row = collate.PackedRow.of(ids, [4, 2], ids % 2, cpu, padding=1)
+        sent = [row.input_ids, row.token_type_ids, row.position_ids, row.starts(), row.firsts(), row.lasts()]
+        sent += [row.sequence_of_token(), *collate.padded([ids[:4], ids[4:]], None, 8, cpu, pad_id=0).values()]
+    assert {tensor.device for tensor in sent if tensor is not None} == {cpu}
+    assert row.lasts().tolist() == [3, 5] and row.sequence_of_token().tolist() == [0, 0, 0, 0, 1, 1]
 
 
 def test_rows_come_to_pinned_memory_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,16 +221,9 @@ def test_a_self_check_is_kept_for_its_card(monkeypatch: pytest.MonkeyPatch, tmp_
     """What a check found on one card is not taken for another's, though both machines share a cache directory."""
     monkeypatch.setenv("MEMSAFE_CACHE_DIR", str(tmp_path))
 
-    def store(name: str) -> Any:
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        model: Any = types.SimpleNamespace(
-            kind="embedding",
-            name="m",
-            _revision="1",
-            dtype=torch.float16,
-            device=types.SimpleNamespace(kind="cuda", name="cuda:0"),
-        )
-        return LoadedModel._check_store(model, MemoryPolicy())
+    def store(card: str) -> CheckStore:
+        key = check_key(model=torch.nn.Identity(), spec={}, revision="1", card=card, tokenizer=None, tokens="fast")
+        return CheckStore(key)
 
     check = selfcheck.SelfCheck(True, True)
     store("Tesla T4").save(check)

@@ -16,7 +16,6 @@ from transformers.activations import ACT2FN
 
 from memsafe.attention import interface
 from memsafe.models import fuse, packed
-from memsafe.models.selfcheck import run_self_check
 from tests import tiny_models as models
 from tests.tiny_models import needs_interface
 
@@ -103,11 +102,11 @@ def test_the_peak_shrinks(architecture: str, saved: int) -> None:
 
     def peak_bytes() -> int:
         with torch.inference_mode():
-            packed_model.hidden_states(ids, [16] * 64)
+            packed_model.hidden_states(packed_model.pack(ids, [16] * 64))
         gc.collect()  # or leftovers of other tests are freed while we count
         cpu = [torch.profiler.ProfilerActivity.CPU]
         with torch.inference_mode(), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-            packed_model.hidden_states(ids, [16] * 64)
+            packed_model.hidden_states(packed_model.pack(ids, [16] * 64))
         alive = highest = 0
         for event in profile.profiler.kineto_results.events():
             if event.name() == "[memory]":
@@ -123,9 +122,8 @@ def test_the_peak_shrinks(architecture: str, saved: int) -> None:
 def test_the_self_check_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a layer still needs the activation's input, packing is kept and working in place is not."""
     model = SentenceTransformer(str(models.save_embedder(tmp_path)), device="cpu").eval()
+    assert models.loaded(model).check.in_place_ok
     hf = packed.find_hf_model(model)
-    interface.install(hf)
-    assert run_self_check(model).in_place_ok
     assert all("forward" not in vars(module) for module in hf.modules())  # checking leaves no trace
     intermediate = type(hf.encoder.layer[0].intermediate)
 
@@ -135,5 +133,5 @@ def test_the_self_check_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return activated + wide
 
     monkeypatch.setattr(intermediate, "forward", residual)
-    check = run_self_check(model)
-    assert check.packed_ok and check.small_mask_ok and not check.in_place_ok
+    check = models.loaded(model).check
+    assert check.packed_ok and not check.in_place_ok

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from memsafe.attention import grouped, interface
-from memsafe.models import packed, selfcheck
-from memsafe.models.selfcheck import SelfCheck, run_self_check
+from memsafe.attention import grouped, interface, regrouped
+from memsafe.models import packed, probes, selfcheck
+from memsafe.models.routes import Routes
+from memsafe.models.selfcheck import SelfCheck
 from tests import tiny_models as models
 from tests.tiny_models import needs_interface
 
@@ -27,8 +29,8 @@ def load(folder: Path, architecture: str = "bert", kind: str = "embedder", **opt
 
 
 def checked(model: nn.Module) -> SelfCheck:
-    interface.install(packed.find_hf_model(model))
-    return run_self_check(model)
+    check: SelfCheck = models.loaded(model).check
+    return check
 
 
 @pytest.mark.parametrize("kind", ["embedder", "reranker"])
@@ -36,15 +38,19 @@ def checked(model: nn.Module) -> SelfCheck:
 def test_architectures_on_the_interface_pass(tmp_path: Path, architecture: str, kind: str) -> None:
     """Embedders and rerankers of every architecture on the attention interface may pack and use the small mask."""
     check = checked(load(tmp_path, architecture, kind))
-    assert check.packed_ok and check.small_mask_ok and check.reason == ""
+    assert check.packed_ok and not check.alone and check.reason == ""
     assert 0 <= check.max_difference < 1e-5
     assert 0 < check.seconds < 30
 
 
 @pytest.mark.parametrize("kind", ["embedder", "reranker"])
 @pytest.mark.parametrize("architecture", ["deberta_v2", "mpnet"])
-def test_architectures_with_their_own_attention_fail(tmp_path: Path, architecture: str, kind: str) -> None:
-    """DeBERTa-v2 and MPNet, which ignore the interface, are caught by their numbers even if installed all the same."""
+def test_architectures_with_their_own_attention_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, kind: str
+) -> None:
+    """DeBERTa-v2 and MPNet, which ignore the interface, are caught by their numbers even if packed all the same."""
+    monkeypatch.setattr(Routes, "_refusal", lambda self: "")
+    monkeypatch.setattr(regrouped, "install", lambda model: 0)
     check = checked(load(tmp_path, architecture, kind))
     assert not check.packed_ok
     assert "differ" in check.reason
@@ -56,8 +62,8 @@ def test_architectures_with_their_own_attention_fail(tmp_path: Path, architectur
 def test_half_precision_passes_within_its_rounding(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
     """The tolerance of half precision covers its rounding, and differences stay far below a real mistake's."""
     check = checked(load(tmp_path, architecture, dtype=dtype))
-    assert check.packed_ok and check.small_mask_ok
-    assert 0 < check.max_difference < selfcheck.tolerance(dtype, torch.device("cpu")) <= 0.05
+    assert check.packed_ok
+    assert 0 <= check.max_difference < selfcheck.tolerance(dtype, torch.device("cpu")) <= 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -134,7 +140,7 @@ def test_tokens_mixed_beside_attention_are_caught(tmp_path: Path) -> None:
 def test_positions_out_of_place_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions that start one too early, as for RoBERTa without its offset, change the numbers and fail."""
     model = load(tmp_path, "xlm_roberta")
-    monkeypatch.setattr(interface, "position_offset", lambda encoder: 0)
+    monkeypatch.setattr(interface, "padding_position", lambda encoder: None)
     assert not checked(model).packed_ok
 
 
@@ -145,21 +151,26 @@ def test_a_number_that_is_none_fails(tmp_path: Path) -> None:
         packed.find_hf_model(model).encoder.layer[1].output.dense.bias[3] = float("nan")
     check = checked(model)
     assert not check.packed_ok and not check.small_mask_ok
-    assert "not a number" in check.reason
+    assert "finite" in check.reason
 
 
-def test_a_wrong_small_mask_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the small mask gives other numbers than the model's own, only that is switched off."""
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_wrong_small_mask_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
+    """Where nothing can be packed, the small mask serves; where that gives other numbers, the model's own mask does."""
     model = load(tmp_path)
     real = AttentionInterface()[interface.NAME]
 
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("attention with a twist")
+
     def blind(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
-        small = mask is not None and mask.shape[2] == 1 < query.shape[2]
+        small = wrong and mask is not None and mask.shape[2] == 1 < query.shape[2]
         return real(module, query, key, value, None if small else mask, **options)
 
+    monkeypatch.setattr(grouped, "attend", fail)
     monkeypatch.setitem(AttentionInterface._global_mapping, interface.NAME, blind)
     check = checked(model)
-    assert check.packed_ok and not check.small_mask_ok
+    assert (check.packed_ok, check.small_mask_ok, check.alone) == (False, not wrong, False)
 
 
 @pytest.mark.parametrize(
@@ -200,35 +211,39 @@ def test_an_error_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_memory_errors_pass_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Running out of memory says nothing about the numbers: it is the caller's to recover from."""
-    model = load(tmp_path)
+    ways = models.loaded(load(tmp_path)).routes
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
 
     monkeypatch.setattr(grouped, "attend", fail)
     with pytest.raises(torch.OutOfMemoryError):
-        checked(model)
+        selfcheck.run_self_check(ways)
 
 
-def test_a_model_without_an_encoder_fails_with_a_reason() -> None:
-    """What has no transformers model inside is not packed, and says so."""
-    check = run_self_check(nn.Sequential(nn.Linear(2, 2)))
+def test_a_model_without_an_encoder_has_a_reason() -> None:
+    """What has no transformers model inside is not packed, says so, and gives its own rows."""
+    static = pytest.importorskip("sentence_transformers.models").StaticEmbedding
+    tokenizer = Tokenizer.from_file(str(models.minilm_folder() / "tokenizer.json"))
+    model = SentenceTransformer(modules=[static(tokenizer, embedding_dim=8)], device="cpu")
+    check = checked(model)
     assert not check.packed_ok and not check.small_mask_ok
-    assert "0 transformers models" in check.reason
+    assert "through transformers" in check.reason
 
 
 def test_the_real_model_passes(minilm: str) -> None:
     """all-MiniLM-L6-v2 is packed; its difference is that of sums in another order."""
     check = checked(SentenceTransformer(minilm, device="cpu").eval())
-    assert check.packed_ok and check.small_mask_ok
+    assert check.packed_ok
     assert check.max_difference < 5e-6
 
 
 def test_large_models_are_tried_on_fewer_tokens() -> None:
-    """The trial costs a bounded number of operations, yet keeps equal lengths, an empty text and one token."""
+    """The trial costs a bounded number of operations on a CPU."""
     small = models.tiny_model(models.tiny_config("bert"))
-    lengths = selfcheck._lengths(small, None, torch.device("cpu"))
-    assert lengths == list(selfcheck._LENGTHS)
+    cpu = torch.device("cpu")
+    assert probes.longest_wanted(small, None, cpu) == 90
+    assert probes.longest_wanted(small, 256, cpu) == 276  # beyond what the model takes
 
     class Large(nn.Module):
         config = models.tiny_config("bert", max_positions=8192)
@@ -239,15 +254,13 @@ def test_large_models_are_tried_on_fewer_tokens() -> None:
         def parameters(self, recurse: bool = True) -> Any:
             return iter([torch.empty(300_000_000, device="meta")])
 
-    fewer = selfcheck._lengths(Large(), None, torch.device("cpu"))  # type: ignore[arg-type]
-    assert sum(fewer) * 2 * 300e6 < 8e10
-    assert fewer[1] == fewer[2] and fewer[-2:] == [3, 2] and fewer[0] > fewer[1]
-    assert selfcheck._lengths(Large(), None, torch.device("cuda")) == list(selfcheck._LENGTHS)  # type: ignore[arg-type]
+    assert probes.budget_tokens(Large(), cpu) * 3 * 2 * 300e6 < 2.4e11
+    assert probes.longest_wanted(Large(), 512, cpu) < 70
+    assert probes.longest_wanted(Large(), 512, torch.device("cuda")) == 532
 
 
-def test_trials_respect_the_models_longest_input() -> None:
-    """No trial is longer than the positions or the tokenizer allow, however long the window is."""
-    encoder = models.tiny_model(models.tiny_config("modernbert", max_positions=20))
-    assert max(selfcheck._lengths(encoder, None, torch.device("cpu"))) == 20
-    roberta = models.tiny_model(models.tiny_config("roberta", max_positions=30))
-    assert max(selfcheck._lengths(roberta, None, torch.device("cpu"))) == 30
+@pytest.mark.parametrize("architecture", ["modernbert", "roberta"])
+def test_trials_respect_the_models_longest_input(tmp_path: Path, architecture: str) -> None:
+    """A trial beyond the longest input is cut by the model, not by a failure."""
+    check = checked(load(tmp_path, architecture, max_positions=30, max_length=30))
+    assert check.packed_ok

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from memsafe import Embedder, MemoryPolicy, ModelError, ModelNotFoundError, ModelTooLargeError, Reranker
+from memsafe import Embedder, MemoryPolicy, ModelError, ModelNotFoundError, ModelTooLargeError
 from memsafe.config import GiB, MiB
 from memsafe.machine.device import CpuDevice
 from memsafe.models import weights
@@ -237,17 +237,6 @@ def test_a_damaged_folder_is_a_model_error_that_says_what_is_wrong(
         Embedder(str(embedder_folder), device="cpu")
     assert str(embedder_folder) in str(caught.value)
     assert not isinstance(caught.value, ModelTooLargeError)
-
-
-def test_a_model_of_the_other_kind_is_refused_before_loading(tmp_path: Path, embedder_folder: Path) -> None:
-    """A cross-encoder given to Embedder, and the reverse: ModelError names the class that takes it."""
-    from tests.tiny_models import save_reranker
-
-    reranker_folder = save_reranker(tmp_path / "reranker", "bert", hidden_size=32)
-    with pytest.raises(ModelError, match="give it to Reranker"):
-        Embedder(str(reranker_folder), device="cpu")
-    with pytest.raises(ModelError, match="give it to Embedder"):
-        Reranker(str(embedder_folder), device="cpu")
 
 
 def test_the_revision_changes_with_the_files(embedder_folder: Path) -> None:

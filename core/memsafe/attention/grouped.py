@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class Packed:
     longest: int
     masks: set[tuple[int | None, bool]] = field(default_factory=set)
     bands: dict[tuple[int, int, int, int, bool], Tensor] = field(default_factory=dict)
+    tables: dict[int, Any] = field(default_factory=dict)
+    """What a model makes of the length of a row, by length; see regrouped.py."""
     cumulative: Tensor | None = None
     """int32, shape (sequences + 1,), on the accelerator: where each sequence starts; None on a CPU."""
 

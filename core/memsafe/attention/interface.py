@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -33,10 +34,11 @@ __all__ = [
     "Installation",
     "Packed",
     "Padded",
+    "current",
     "install",
     "packed",
     "padded",
-    "position_ids",
+    "positions",
     "uninstall",
 ]
 
@@ -95,6 +97,11 @@ def _active(state: Packed | Padded) -> Iterator[None]:
         _local.state = before
 
 
+def current() -> Packed | Padded | None:
+    """What forwards of this thread see now; None outside ours."""
+    return _local.state
+
+
 def is_active() -> bool:
     """Whether a forward of ours runs in this thread."""
     return _local.state is not None
@@ -137,12 +144,12 @@ def _classify(mask_function: Callable[..., Any], local_size: int | None) -> tupl
         return None, False
     if local_size is None and mask_function is masking_utils.causal_mask_function:
         return None, True
-    zero = torch.zeros((), dtype=torch.long)
+    zero = torch.zeros((), dtype=torch.long, device="cpu")  # not a default device, which would be waited for
     size = local_size or 8
     query = 2 * size + 8  # far from every border; not a multiple of a chunk
 
     def sees(offset: int, query: int = query) -> bool:
-        return bool(mask_function(zero, zero, torch.tensor(query), torch.tensor(query + offset)))
+        return bool(mask_function(zero, zero, zero + query, zero + query + offset))
 
     try:
         causal = not sees(1)
@@ -286,40 +293,41 @@ def uninstall(hf_model: PreTrainedModel) -> None:
 # -- positions -----------------------------------------------------------------------------------------------------
 
 
-def position_offset(encoder: nn.Module) -> int:
-    """The position of a sequence's first token: padding_idx + 1 for RoBERTa and its kin, else 0.
+def padding_position(encoder: nn.Module) -> int | None:
+    """The padding index from which RoBERTa and its kin number positions; None where positions start at 0.
 
-    Only embeddings that number their positions from the padding index have both an integer ``padding_idx`` and a
-    learned table of positions (the rule of sentence-transformers' own flattening).
+    Only embeddings that do so have both an integer ``padding_idx`` and a learned table of positions (the rule of
+    sentence-transformers' own flattening).
     """
     for module in encoder.modules():
         padding_idx = getattr(module, "padding_idx", None)
         if isinstance(padding_idx, int) and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
-            return padding_idx + 1
-    return 0
+            return padding_idx
+    return None
 
 
 def learned_positions(encoder: nn.Module) -> int | None:
     """Tokens of the longest sequence that a learned table of positions allows; None without such a table, where positions
     are rotary or relative: their config's ``max_position_embeddings`` is no limit."""
+    padding = padding_position(encoder)
     for module in encoder.modules():
         for name in ("position_embeddings", "embed_positions", "wpe"):
             table = getattr(module, name, None)
             if isinstance(table, nn.Embedding):
-                return int(table.num_embeddings) - position_offset(encoder)
+                return int(table.num_embeddings) - (0 if padding is None else padding + 1)
     return None
 
 
-def position_ids(encoder: nn.Module, lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """int64, shape (1, tokens): each token's position in its own sequence, as `encoder` counts positions."""
-    return positions(position_offset(encoder), lengths, device)
+def positions(input_ids: NDArray[np.integer[Any]], lengths: Sequence[int], padding: int | None) -> NDArray[np.int64]:
+    """int64, shape (tokens,): each token's position in its own sequence. input_ids: the sequences end to end.
 
-
-def positions(first: int, lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """int64, shape (1, tokens): `first`, `first` + 1, ... of each sequence. Counted on the host, in one piece."""
+    padding: of :func:`padding_position`. A padding token written inside a text takes the position `padding` there, and
+    is not counted: what these models derive from ``input_ids == padding``.
+    """
     counts = np.asarray(lengths, dtype=np.int64)
     starts = np.cumsum(counts) - counts
-    row = torch.from_numpy(np.arange(first, first + int(counts.sum()), dtype=np.int64) - np.repeat(starts, counts))[
-        None
-    ]
-    return row if device is None or device.type == "cpu" else row.to(device, non_blocking=True)
+    if padding is None:
+        return np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(starts, counts)
+    real = np.asarray(input_ids) != padding
+    seen = np.concatenate(([0], np.cumsum(real, dtype=np.int64)))
+    return padding + np.where(real, seen[1:] - np.repeat(seen[starts], counts), 0)

@@ -10,11 +10,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from math import isqrt
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from memsafe.attention.transfer import send
 
 __all__ = ["SHORT_SCORES_BYTES", "attend_short", "choose", "cumulative", "score_limit", "short_limit"]
 
@@ -24,13 +27,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 def cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
     """int32, shape (sequences + 1,): where each sequence starts, and the end."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    host = torch.tensor(starts, dtype=torch.int32, device="cpu")
-    if device.type == "cuda":  # from ordinary memory the driver may wait for everything before it
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
+    return send([0, *accumulate(lengths)], device, torch.int32)
 
 
 def choose(

@@ -1,6 +1,6 @@
 """What is remembered on disk: small JSON files, one per key. Losing one costs a measurement, nothing else.
 
-:class:`Store` is the one that reads and writes; :class:`CostStore` keeps learnt costs in it, models/selfcheck.py its checks.
+:class:`Store` is the one that reads and writes; :class:`CostStore` keeps learnt costs in it, models/checkstore.py checks of models.
 """
 
 from __future__ import annotations

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
+import threading
 import warnings
 from typing import Any
 
 import torch
 
-from memsafe.attention import interface
 from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError, MemsafeError, ModelError, ModelNotFoundError
 from memsafe.machine.device import Device, open_device
 from memsafe.machine.refusals import is_out_of_memory
-from memsafe.models import sbert, weights
+from memsafe.models import weights
 from memsafe.models.model import LoadedModel, ModelSpec
 
 __all__ = ["load"]
@@ -28,15 +29,12 @@ def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int)
     if not isinstance(spec.model, str):
         if spec.dtype is not None:
             raise ConfigError(f"dtype: got {spec.dtype!r} with a loaded model; load it in that dtype, or pass its name")
-        if sbert.is_reranker(spec.model) != reranker:
-            other, wanted = ("Embedder", "CrossEncoder") if reranker else ("Reranker", "SentenceTransformer")
-            raise ModelError(f"model: got a {type(spec.model).__name__}; give it to {other}, or give a {wanted} here")
-        _set_max_length(spec.model, spec.max_length)
-        return LoadedModel(spec.model.eval(), spec, device, policy, revision="", name=type(spec.model).__name__)
+        return LoadedModel(spec.model, spec, device, policy, revision="", name=type(spec.model).__name__)
     options = dict(spec.options)
-    known = {name: options.get(name) for name in ("revision", "cache_folder")}
-    backend = options.get("backend", "torch")
-    checkpoint = weights.inspect(spec.model, kind=spec.kind, backend=backend, **known)
+    known: dict[str, Any] = {name: options.get(name) for name in ("revision", "cache_folder")}
+    known["backend"] = options.get("backend", "torch")
+    known["elsewhere"] = any(name in (options.get("model_kwargs") or {}) for name in ("subfolder", "gguf_file"))
+    checkpoint = weights.inspect(spec.model, kind=spec.kind, **known)
     dtype = _dtype_name(spec.dtype, device)
     model_kwargs = dict(options.get("model_kwargs") or {})
     if dtype is not None:
@@ -58,7 +56,8 @@ def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int)
     build = library.CrossEncoder if reranker else library.SentenceTransformer
     st = None
     try:
-        st = build(spec.model, device=device.name, **options).eval()
+        with _loading:
+            st = build(spec.model, device=device.name, **options).eval()
     except MemsafeError:
         raise
     except Exception as error:  # whatever a damaged file makes of itself: pickle, zip, JSON, shapes, types
@@ -72,9 +71,21 @@ def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int)
         need = checkpoint.bytes_as(target) if checkpoint is not None else 0
         raise weights.too_large(spec.model, checkpoint, need, device.snapshot().free_bytes, device.name)
     if checkpoint is None:  # a hub id that was not on this machine before
-        checkpoint = weights.inspect(spec.model, kind=spec.kind, backend=backend, **known)
-    _set_max_length(st, spec.max_length)
+        checkpoint = weights.inspect(spec.model, kind=spec.kind, **known)
     return LoadedModel(st, spec, device, policy, checkpoint.revision if checkpoint else "", spec.model)
+
+
+_loading = threading.Lock()
+"""transformers sets torch's default dtype, which is one for all threads, while it builds a model."""
+
+
+def _new_lock() -> None:
+    global _loading
+    _loading = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)  # another thread of the parent may have held it
 
 
 def _dtype_name(dtype: Any, device: Device) -> str | None:
@@ -95,23 +106,3 @@ def _default_dtype(chosen: Any) -> str | None:
     """What transformers loads in when nothing is said: the stored dtype since version 5, float32 before."""
     version = importlib.import_module("transformers").__version__
     return None if chosen == "auto" or int(version.split(".")[0]) >= 5 else "float32"
-
-
-def _set_max_length(st: Any, max_length: int | None) -> None:
-    if max_length is None:
-        return
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
-        raise ConfigError(f"max_length: got {max_length!r}; give an int of at least 1, in tokens")
-    hf_model = sbert.hf_model(st)
-    positions = interface.learned_positions(hf_model) if isinstance(hf_model, torch.nn.Module) else None
-    if positions is not None and max_length > positions:
-        warnings.warn(
-            f"max_length: got {max_length}, but the model has learnt {positions} positions; inputs are cut there",
-            stacklevel=4,
-        )
-        max_length = positions
-    if hasattr(type(st), "max_seq_length"):
-        st.max_seq_length = max_length
-    else:
-        st.max_length = max_length
-        st.tokenizer.model_max_length = max_length

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from memsafe.attention import grouped, interface, kernels
+from memsafe.attention import interface, kernels
 from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError
 from memsafe.machine.device import Device, open_device
 from memsafe.machine.refusals import is_out_of_memory
-from memsafe.models import fallbacks, fuse, sbert, weights
-from memsafe.models.packed import PackedModel
-from memsafe.models.selfcheck import CheckStore, SelfCheck, run_self_check
+from memsafe.models import checkstore, fallbacks, sbert, weights
+from memsafe.models.priors import prior_of
+from memsafe.models.private import private_copy
+from memsafe.models.routes import Routes, Solo, rows_of_features
+from memsafe.models.selfcheck import SelfCheck, run_self_check
 from memsafe.models.tokenizing import InputEncoder
 from memsafe.planning.architecture import Architecture
 from memsafe.planning.batch import BatchShape, MicroBatch
@@ -31,7 +33,10 @@ __all__ = ["LoadedModel", "ModelSpec"]
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What to load. model: folder, hub id, or a loaded SentenceTransformer / CrossEncoder; options: for its class."""
+    """What to load. model: folder, hub id, or a loaded SentenceTransformer / CrossEncoder; options: for its class.
+
+    Raises :class:`ModelError` for an object of another class.
+    """
 
     kind: str
     model: Any
@@ -41,12 +46,16 @@ class ModelSpec:
     truncation: str = "longest_first"
     query_max_length: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.model is not None and not isinstance(self.model, str):
+            sbert.check_handed_in(self.model, self.kind == "reranker")
+
 
 class LoadedModel:
     """One copy of a model on one device. :meth:`forward` may be called from several threads at once.
 
-    dim: width of a row of output, or None until known. packed: whether micro-batches run without padding; `path` says
-    so with the reason. pad_multiple: what padded lengths are rounded up to.
+    st: the SentenceTransformer or CrossEncoder as it was loaded or handed in; it stays as it is. What runs is a private
+    copy of its modules over the same weights. pad_multiple: what padded lengths are rounded up to.
     """
 
     def __init__(
@@ -59,24 +68,44 @@ class LoadedModel:
         self._policy = policy
         self._torch_device = torch.device(device.name)
         self._revision = revision
+        handed_in = not isinstance(spec.model, str)
+        if not handed_in:  # then its own encode cuts where we do
+            limit_length(st, spec.max_length)
+        run = private_copy(st)
+        if handed_in:
+            limit_length(run, spec.max_length)
         self.encoder = InputEncoder(
-            st, pairs=spec.kind == "reranker", truncation=spec.truncation, query_max_length=spec.query_max_length
+            run, pairs=spec.kind == "reranker", truncation=spec.truncation, query_max_length=spec.query_max_length
         )
-        if (spec.truncation != "longest_first" or spec.query_max_length) and self.encoder.mode != "fast":
-            raise ConfigError(
-                f"truncation: got {spec.truncation!r}, but this model's own preprocessing must run unchanged"
-            )
-        self.hf = sbert.hf_model(st)
-        self.dtype = next((p.dtype for p in st.parameters() if p.is_floating_point()), torch.float32)
+        self.routes = Routes(run, spec.kind, self.encoder, self._torch_device)
+        self.hf, self.dtype = self.routes.hf, self.routes.dtype
         self.weights_bytes = sum(t.numel() * t.element_size() for t in (*st.parameters(), *st.buffers()))
-        self._packed_model: PackedModel | None = None
-        self._host: Any = None
+        self._host: Solo | None = None
         self._host_lock = threading.Lock()
-        self._installed = False
-        self.check = self._self_check(policy)
-        self.packed = self.check.packed_ok
-        self.path = "packed" if self.packed else f"padded ({self.check.reason})"
-        self.pad_multiple = 8 if device.kind == "cuda" and not self.packed else 1
+        self._self_check(spec, policy)
+
+    @property
+    def check(self) -> SelfCheck:
+        """The way that forwards take."""
+        return self.routes.check
+
+    @property
+    def packed(self) -> bool:
+        """Whether micro-batches run without padding."""
+        return self.check.packed_ok
+
+    @property
+    def path(self) -> str:
+        """How micro-batches run, and why not packed."""
+        if self.packed:
+            return "packed"
+        if self.check.own:
+            return f"the model's own encode or predict, one input at a time ({self.check.reason})"
+        return f"{'one input at a time' if self.check.alone else 'padded'} ({self.check.reason})"
+
+    @property
+    def pad_multiple(self) -> int:
+        return 8 if self.device.kind == "cuda" and not self.packed else 1
 
     # what planning wants to know
 
@@ -109,32 +138,17 @@ class LoadedModel:
         )
 
     def cost_prior(self) -> CostPrior:
-        shape = self.architecture
-        heads = shape.num_heads
-        prior = CostPrior.for_architecture(
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            gated=shape.gated,
-            num_heads=heads,
-            bytes_per_element=self.dtype.itemsize,
-            layout="packed" if self.packed else "padded",
-            attention="eager" if self.attention in ("eager", "none") else "sdpa",
-            vocab_logits=shape.vocab_size if "MaskedLM" in type(self.hf).__name__ else 0,
+        """What a forward takes, before anything is measured."""
+        return prior_of(
+            self.architecture,
+            self.config,
+            self.dtype,
+            attention=self.attention,
+            packed=self.packed,
             small_mask=self.check.small_mask_ok,
-            rotary_size=shape.rotary_size,
-            score_limit=kernels.score_limit(heads) if self.workspace_bytes and self.dtype == torch.float32 else 0,
+            ours=self.workspace_bytes > 0,
+            class_name=type(self.hf).__name__,
         )
-        if shape.window is not None and self.packed:
-            masks = grouped.window_bytes(shape.window, self.dtype.itemsize)
-            prior = replace(prior, fixed_bytes=prior.fixed_bytes + masks)
-        elif shape.window is not None:
-            # Padded: a mask for the window, one for all, and one in the making; 20 bytes per pair of tokens were measured
-            # for ModernBERT in transformers 4.57, 15 in version 5.
-            prior = replace(prior, per_square_bytes=4 * prior.per_square_bytes)
-        if prior.per_square_bytes and self.attention == "eager":
-            # Models with attention of their own add position biases: 1.3 times the plain scores in MPNet, 3 in DeBERTa-v2.
-            prior = replace(prior, per_square_bytes=3 * prior.per_square_bytes)
-        return prior
 
     def cost_shape(self, batch: MicroBatch) -> BatchShape:
         """The shape of `batch` as its memory shows it: where nothing is padded, transformers makes no mask over pairs."""
@@ -148,7 +162,8 @@ class LoadedModel:
     def workspace_bytes(self) -> int:
         """What a kernel may hold at its own peak beside all that grows with tokens: the scores of one short sequence,
         which show where a micro-batch is so small that its feed-forward layers need less."""
-        return kernels.SHORT_SCORES_BYTES if self.packed and self.device.kind == "cpu" else 0
+        ours = self.packed and self.routes.can_mask  # else each model's attention is its own
+        return kernels.SHORT_SCORES_BYTES if ours and self.device.kind == "cpu" else 0
 
     def rung_bound(self, rung: str, shape: BatchShape, bound_bytes: int) -> int:
         """The most that a rung takes on this device for `shape`, whose plain forward takes `bound_bytes` at most.
@@ -185,18 +200,17 @@ class LoadedModel:
         """
         if rung == "cpu":
             return self._forward_on_host(batch, extras)
+        return self.routes.forward(batch, extras, None if rung is None else partial(self._on_rung, rung))
+
+    @contextmanager
+    def _on_rung(self, rung: str, model: Any) -> Iterator[None]:
+        """A forward of `model` within runs as `rung` of the ladder says."""
         with ExitStack() as stack:
-            if rung is not None and self.can("chunk"):  # of equal numbers, so the other rungs may as well
-                stack.enter_context(fallbacks.sliced_feed_forward(self.st))
+            if self.can("chunk"):  # of equal numbers, so the other rungs may as well
+                stack.enter_context(fallbacks.sliced_feed_forward(model))
             if rung == "half":
                 stack.enter_context(fallbacks.lower_precision(self.device.kind, self.half))
-            if self._packed_model is not None and batch.packed and _has_tokens(batch):
-                ids, types = self._packed_tensors(batch)
-                return self._packed_model.forward(ids, batch.lengths, types, extras)
-            features, uniform = self._padded_features(batch, extras)
-            if self.check.small_mask_ok:
-                stack.enter_context(interface.padded(uniform=uniform))
-            return final_rows_of(self.st, features, extras.get("options"))
+            yield
 
     @property
     def half(self) -> torch.dtype:
@@ -206,7 +220,8 @@ class LoadedModel:
     def can(self, rung: str) -> bool:
         """Whether a rung of the ladder exists for this model on this device."""
         if rung == "chunk":
-            return self.hf is not None and isinstance(self.st, torch.nn.Module) and fallbacks.can_slice(self.st)
+            run = self.routes.run
+            return self.hf is not None and isinstance(run, torch.nn.Module) and fallbacks.can_slice(run)
         if rung == "half":
             return self.dtype == torch.float32 and (self.device.supports("bfloat16") or self.device.supports("float16"))
         return self.device.kind != "cpu"
@@ -217,18 +232,26 @@ class LoadedModel:
 
     @torch.inference_mode()
     def _forward_on_host(self, batch: MicroBatch, extras: Mapping[str, Any]) -> Tensor:
+        cpu = torch.device("cpu")
         with self._host_lock:
             own = self.device.kind == "cpu" and self.dtype == torch.float32
             self._check_host(batch, copied=self._host is None and not own)
             if self._host is None:
-                self._host = self.st if own else fallbacks.host_copy(self.st)
-            features, _ = self._padded_features(batch, extras, torch.device("cpu"))
-            return final_rows_of(self._host, features, extras.get("options"))
+                self._host = Solo(private_copy(self.routes.run) if own else fallbacks.host_copy(self.routes.run))
+            host = self._host
+            if not self.routes.alone(batch.items):
+                features, _ = self.routes.features(host.model, batch.items, extras, cpu)
+                return rows_of_features(host.model, features, extras.get("options"))
+            return torch.cat(
+                [host.rows(partial(self.routes.one_on, item=item, extras=extras, device=cpu)) for item in batch.items]
+            )
 
     def _check_host(self, batch: MicroBatch, *, copied: bool) -> None:
         """Raise MemoryError if the machine lacks room for `batch`, and for a copy of the weights: it would not raise."""
         host = self.device if self.device.kind == "cpu" else open_device("cpu")
-        weights = sum(t.numel() * max(t.element_size(), 4) for t in (*self.st.parameters(), *self.st.buffers()))
+        weights = sum(
+            t.numel() * max(t.element_size(), 4) for t in (*self.routes.run.parameters(), *self.routes.run.buffers())
+        )
         prior = replace(self.cost_prior(), per_square_bytes=0.0)
         shape = BatchShape.of(batch.lengths, packed=False)
         per_token = prior.per_token_bytes * 4 / self.dtype.itemsize
@@ -242,123 +265,74 @@ class LoadedModel:
         """In a forked child: locks that other threads of the parent may have held are made anew."""
         self._host_lock = threading.Lock()
         self.encoder.after_fork()
+        self.routes.after_fork()
 
     def drop_host_copy(self) -> None:
         with self._host_lock:
             self._host = None
 
     def close(self) -> None:
-        """Undo what was installed in the transformers model. The caller drops its references to free the memory."""
-        if self._installed:
-            interface.uninstall(self.hf)
-            if self.check.in_place_ok:
-                fuse.uninstall(self.hf)
-        self._installed = False
-        self._packed_model = self._host = None
-
-    # tensors
-
-    def _packed_tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        ids = self._to_device(np.concatenate([item.input_ids for item in batch.items]))
-        if "token_type_ids" not in self.encoder.feature_names:
-            return ids, None
-        if all(item.token_type_ids is None for item in batch.items):
-            return ids, torch.zeros_like(ids)
-        types = [item.token_type_ids for item in batch.items]
-        filled = [np.zeros(n, np.int32) if t is None else t for t, n in zip(types, batch.lengths, strict=True)]
-        return ids, self._to_device(np.concatenate(filled))
-
-    def _to_device(self, values: Any) -> Tensor:
-        """int64 on the device. Pinned on the way to an accelerator, so that the copy does not stop the host."""
-        tensor = torch.from_numpy(values).long()
-        if self._torch_device.type == "cuda":
-            return tensor.pin_memory().to(self._torch_device, non_blocking=True)
-        return tensor.to(self._torch_device)
-
-    def _padded_features(
-        self, batch: MicroBatch, extras: Mapping[str, Any], device: torch.device | None = None
-    ) -> tuple[dict[str, Any], bool]:
-        """Features of shape (rows, width) on the device, and whether all rows have the same length."""
-        device = device or self._torch_device
-        if batch.items[0].input_ids is None:
-            raw = [item.raw for item in batch.items]
-            features = self.encoder.preprocess(self.st, raw, extras)
-            return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in features.items()}, False
-        width = batch.shape.longest if not batch.packed else max(batch.lengths)
-        rows = len(batch.items)
-        arrays = {
-            "input_ids": np.full((rows, width), self.encoder.pad_id, dtype=np.int64),
-            "attention_mask": np.zeros((rows, width), dtype=np.int64),
-        }
-        if "token_type_ids" in self.encoder.feature_names:
-            arrays["token_type_ids"] = np.full((rows, width), self.encoder.pad_type_id, dtype=np.int64)
-        for row, item in enumerate(batch.items):
-            count = len(item.input_ids)  # type: ignore[arg-type]  # not num_tokens, which is 1 where there is none
-            place = slice(width - count, width) if self.encoder.pad_left else slice(0, count)
-            arrays["input_ids"][row, place] = np.asarray(item.input_ids)
-            arrays["attention_mask"][row, place] = 1
-            if "token_type_ids" in arrays:
-                types = item.token_type_ids
-                arrays["token_type_ids"][row, place] = np.asarray(0 if types is None else types)
-        there = device == self._torch_device
-        tensors = {n: self._to_device(a) if there else torch.from_numpy(a).to(device) for n, a in arrays.items()}
-        return {**extras, **tensors}, min(batch.lengths) == width and _has_tokens(batch)
+        """Let go of what is beside the weights. The caller drops its references to free those."""
+        self._host = None
+        self.routes.uninstall()
 
     # the self-check
 
-    def _self_check(self, policy: MemoryPolicy) -> SelfCheck:
-        """Decide packed or padded for this very model; remembered by revision, so that a second load is quick."""
-        if self.encoder.mode == "opaque" or self.hf is None or not isinstance(self.hf, torch.nn.Module):
-            return SelfCheck(False, False, "the model does not run on token ids through transformers")
-        installed = interface.install(self.hf)
-        if not installed:
-            return SelfCheck(False, False, installed.reason)
-        store = self._check_store(policy)
-        check = store.load() if store is not None else None
-        if check is None:
-            check = self._run_self_check()
-            if self.device.kind == "cpu" and policy.release != "never":
-                self.device.release()  # 55 MiB after MiniLM's, which the heap would keep
-            if store is not None:
-                store.save(check)
-        if not check.packed_ok and not check.small_mask_ok:
-            interface.uninstall(self.hf)
-        else:
-            self._installed = True
-            if check.in_place_ok:
-                fuse.install(self.hf)
-        if check.packed_ok:
-            self._packed_model = PackedModel(self.st, head=check.head)
-        return check
+    def _self_check(self, spec: ModelSpec, policy: MemoryPolicy) -> None:
+        """Find this very model's way; remembered by everything that can change rows, so that a second load is quick."""
+        store = self._check_store(spec, policy)
+        known = store.load() if store is not None else None
+        if known is not None:
+            self.routes.use(known)
+            return
+        check = self._run_self_check()
+        if self.device.kind == "cpu" and policy.release != "never":
+            self.device.release()  # 55 MiB after MiniLM's, which the heap would keep
+        if store is not None:
+            store.save(check)
 
-    def _check_store(self, policy: MemoryPolicy) -> CheckStore | None:
-        """Where the check of this model is remembered; None for a model without a revision, or if nothing may be."""
+    def _check_store(self, spec: ModelSpec, policy: MemoryPolicy) -> checkstore.CheckStore | None:
+        """Where the check of this model is remembered; None for one that was handed in loaded, or if nothing may be."""
         if not self._revision or not policy.learn:
             return None
-        return CheckStore([self.kind, self.name, self._revision, str(self.dtype), _card(self.device)])
+        key = checkstore.check_key(
+            model=self.routes.run,
+            spec={**vars(spec), "model": self.name, "options": dict(spec.options)},
+            revision=self._revision,
+            card=_card(self.device),
+            tokenizer=self.routes.tokenizer,
+            tokens=self.encoder.mode,
+        )
+        return checkstore.CheckStore(key)
 
     def _run_self_check(self) -> SelfCheck:
         """Once more after an out-of-memory error; a neighbour may have come. Raises :class:`ModelTooLargeError`."""
         for _ in range(2):
             try:
-                return run_self_check(self.st)
+                return run_self_check(self.routes)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
             self.device.release()  # outside the block above, whose traceback holds the failed tensors
-        interface.uninstall(self.hf)
+        self.routes.uninstall()
         raise weights.too_large(self.name, None, 0, self.device.snapshot().free_bytes, self.device.name)
 
 
-def _has_tokens(batch: MicroBatch) -> bool:
-    """Whether each input is known by its tokens and has some: what packing and a forward without a mask need."""
-    return all(item.input_ids is not None and len(item.input_ids) for item in batch.items)
-
-
-def final_rows_of(st: Any, features: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Tensor:
-    """Rows of a padded forward of a whole model, always of rank 2. options: of the call, for the modules' forwards."""
-    rows = sbert.forward(st, features, options)
-    return rows[:, None] if rows.ndim == 1 else rows
+def limit_length(run: Any, max_length: int | None) -> None:
+    """Cut inputs of `run`, a private copy, after `max_length` tokens; and where a learned table of positions ends,
+    whether that length was given or saved with the model. Raises :class:`ConfigError` for what is no length."""
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+        raise ConfigError(f"max_length: got {max_length!r}; give an int of at least 1, in tokens")
+    hf_model = sbert.hf_model(run)
+    positions = interface.learned_positions(hf_model) if isinstance(hf_model, torch.nn.Module) else None
+    saved = sbert.max_length(run)
+    length = saved if max_length is None else max_length
+    if positions is not None and length is not None and length > positions:
+        whose = "max_length: got" if max_length is not None else "the model was saved with a maximum length of"
+        warnings.warn(f"{whose} {length}, but it has learnt {positions} positions; inputs are cut there", stacklevel=5)
+        length = positions
+    if length != saved and length is not None:
+        sbert.set_max_length(run, length)
 
 
 def _card(device: Device) -> str:

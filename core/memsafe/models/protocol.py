@@ -24,9 +24,10 @@ class Runnable(Modelled, Protocol):
     device: Device
     encoder: Any
     st: Any
-    path: str
     weights_bytes: int
 
+    @property
+    def path(self) -> str: ...
     def cost_key(self) -> CostKey: ...
     def cost_prior(self) -> CostPrior: ...
 

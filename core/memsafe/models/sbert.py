@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from memsafe.errors import ModelError
+
 __all__ = [
     "call_options",
+    "check_handed_in",
     "declared_lengths",
     "forward",
     "forward_options",
@@ -18,8 +22,13 @@ __all__ = [
     "hf_model",
     "hf_tokenizer",
     "is_reranker",
+    "max_length",
+    "own_rows",
     "preprocess",
     "resolve_prompt",
+    "set_max_length",
+    "tasks",
+    "with_task",
 ]
 
 
@@ -30,6 +39,24 @@ def is_reranker(model: Any) -> bool:
     """True for a CrossEncoder, False for a SentenceTransformer."""
     cross_encoder = importlib.import_module("sentence_transformers").CrossEncoder
     return isinstance(model, cross_encoder)
+
+
+def check_handed_in(model: Any, reranker: bool) -> None:
+    """Raise :class:`ModelError` for a loaded object that is neither name nor model of the right class."""
+    library = importlib.import_module("sentence_transformers")
+    wanted, other = library.SentenceTransformer, library.CrossEncoder
+    if reranker:
+        wanted, other = other, wanted
+    if isinstance(model, wanted):
+        return
+    got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+    if isinstance(model, other):
+        remedy = f"give it to {'Embedder' if reranker else 'Reranker'}, or give a {wanted.__name__} here"
+    else:
+        remedy = f"give a folder, a hub id like 'BAAI/bge-m3', or a loaded {wanted.__name__}"
+        if hasattr(model, "config"):
+            remedy += " (of a transformers model: SentenceTransformer(modules=[Transformer(folder), Pooling(width)]))"
+    raise ModelError(f"model: got {got}; {remedy}")
 
 
 def hf_model(model: Any) -> Any | None:
@@ -49,6 +76,29 @@ def hf_tokenizer(model: Any, options: Mapping[str, Any] | None = None) -> Any | 
     holder = _input_module(model, options or {}) if _has_modules(model) else model
     tokenizer = getattr(holder, "tokenizer", None)
     return tokenizer if hasattr(tokenizer, "model_max_length") else None
+
+
+def max_length(model: Any) -> int | None:
+    """Tokens after which `model` cuts inputs; None if it takes any length (transformers says 10**30 for "unknown")."""
+    tokenizer = hf_tokenizer(model)
+    length = getattr(model, "max_seq_length", None)
+    if length is None:
+        length = getattr(model, "max_length", None) or getattr(tokenizer, "model_max_length", None)
+    return int(length) if length is not None and length < 10**9 else None
+
+
+def set_max_length(model: Any, tokens: int) -> None:
+    """Let `model`, a private copy, cut inputs after `tokens` tokens, without changing the original's tokenizers."""
+    copied: dict[int, Any] = {}  # modules of several routes may share one, and a processor holds a tokenizer
+    for holder in {id(each): each for each in (model, *model.modules())}.values():
+        for name in ("processor", "tokenizer"):
+            if name in vars(holder):
+                vars(holder)[name] = copy.deepcopy(vars(holder)[name], copied)
+    if hasattr(type(model), "max_seq_length"):
+        model.max_seq_length = tokens
+    else:
+        model.max_length = tokens
+        model.tokenizer.model_max_length = tokens
 
 
 def preprocess(
@@ -91,6 +141,36 @@ def call_options(model: Any) -> set[str]:
     return own | _forward_names(model)
 
 
+def with_task(
+    model: Any, kind: str | None, options: Mapping[str, Any], accepts: Callable[[Mapping[str, Any]], bool]
+) -> dict[str, Any]:
+    """`options` of a call, in which `kind` is the ``task`` too unless one is given, as for ``encode_query`` and
+    ``encode_document``; not where `accepts` says that the model has tasks of other names."""
+    given = dict(options)
+    if kind is not None and "task" not in given and "task" in call_options(model):
+        with_it = {**given, "task": kind}
+        return with_it if accepts(with_it) else given
+    return given
+
+
+def tasks(model: Any) -> list[str]:
+    """Names of tasks that the modules of `model` say they have: routes of a Router, adapters of a config."""
+    found: dict[str, None] = {}
+    for module in model.modules() if isinstance(model, torch.nn.Module) else ():
+        mappings = getattr(module, "route_mappings", None)
+        if isinstance(mappings, Mapping):  # of (task, modality)
+            found |= {str(key[0]): None for key in mappings if isinstance(key, tuple) and isinstance(key[0], str)}
+        routes = getattr(module, "sub_modules", None)
+        if isinstance(routes, torch.nn.ModuleDict):
+            found |= dict.fromkeys(routes)
+        config = getattr(module, "config", None)
+        for name in ("lora_adaptations", "task_names"):
+            named = getattr(config, name, None)
+            if isinstance(named, (list, tuple)):
+                found |= {each: None for each in named if isinstance(each, str)}
+    return list(found) if "task" in call_options(model) else []
+
+
 def forward_options(model: Any, options: Mapping[str, Any]) -> set[str]:
     """Which of `options` a module's forward takes: they change rows beyond what preprocessing shows."""
     return (_forward_names(model) if _has_modules(model) else set()) & set(options)
@@ -126,6 +206,37 @@ def declared_lengths(model: Any, options: Mapping[str, Any]) -> list[int]:
     found += [kwargs.get("max_length") for kwargs in (*saved.values(), *given.values()) if isinstance(kwargs, Mapping)]
     # transformers says 10**30 for "unknown", static embeddings infinity
     return [int(length) for length in found if isinstance(length, (int, float)) and 0 < length < 10**9]
+
+
+def own_rows(
+    model: Any,
+    inputs: Sequence[Any],
+    *,
+    kind: str | None = None,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> torch.Tensor:
+    """Rows of `inputs` by the model's own ``encode``, ``encode_query``, ``encode_document`` or ``predict``, one input at
+    a time, on its device: (inputs, dim), or (inputs, labels) or (inputs,) raw scores.
+
+    prompt: "" for none, not even the model's default. options: of the call; a task "query" or "document" is that kind.
+    """
+    prompts = {"prompt": prompt, "prompt_name": prompt_name}
+    given: dict[str, Any] = {name: value for name, value in prompts.items() if value is not None}
+    given |= {**(options or {}), "batch_size": 1, "show_progress_bar": False, "convert_to_tensor": True}
+    if is_reranker(model):
+        if not prompt and not hasattr(model, "preprocess"):  # before version 5.4 they had none
+            given.pop("prompt", None)
+        scores: torch.Tensor = model.predict(list(inputs), activation_fn=torch.nn.Identity(), **given)
+        return scores
+    methods = {"query": "encode_query", "document": "encode_document"}
+    if kind is None and given.get("task") in methods:
+        kind = given.pop("task")
+    rows: torch.Tensor = getattr(model, methods.get(kind or "", "encode"))(
+        list(inputs), normalize_embeddings=False, **given
+    )
+    return rows
 
 
 def resolve_prompt(model: Any, prompt: str | None, prompt_name: str | None, kind: str | None) -> str | None:

@@ -1,41 +1,37 @@
-"""At load, once per model: does the packed forward give this very model's own numbers?
+"""At load, once per model: which way from text to final row gives this very model's own rows?
 
-A handful of sequences of random tokens goes through the plain padded forward and through the packed one; hidden
-states and final rows are compared, and the small padding mask likewise. Whatever differs, fails or yields a
-non-number is left off, with the reason.
+Texts that are hard on a model go alone through its own ``encode`` or ``predict``, and together through each way that
+could be taken: tokenising, packing, masking and head as a call would have them. Rows are compared, and hidden states of
+packed forwards. Whatever differs, fails or yields a non-number is not taken, down to the model's own code, one input at
+a time.
 """
 
 from __future__ import annotations
 
-import importlib
-import math
-import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from memsafe.attention import interface
-from memsafe.config import cache_dir
 from memsafe.machine.refusals import is_out_of_memory
-from memsafe.machine.store import Store, document, read_fields
-from memsafe.models import fuse
-from memsafe.models.packed import HEADS, PackedModel
+from memsafe.models import probes
+from memsafe.models.heads import HEADS
+from memsafe.models.probes import BARE, Call, Probe
 
-__all__ = ["CheckStore", "SelfCheck", "run_self_check", "tolerance"]
+__all__ = ["SelfCheck", "Subject", "run_self_check", "tolerance"]
 
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """What a model may use.
+    """The way that a model takes.
 
     packed_ok: packed forwards. small_mask_ok: the small mask of padded ones. reason: why not packed. max_difference: of
-    packed rows and hidden states, relative to the norm of the plain ones. in_place_ok: `fuse.install`. head: for
-    `PackedModel`, the first of `stub.HEADS` after "groups" that gives the same rows.
+    rows and of packed hidden states, relative to the norm of the model's own. in_place_ok: `fuse.install`. head: for
+    `PackedModel`, one of `heads.HEADS`. alone: one input at a time, since rows depend on what runs together. own: not
+    even tokens are taken from us: the model's own ``encode`` or ``predict`` makes each row.
     """
 
     packed_ok: bool
@@ -45,16 +41,56 @@ class SelfCheck:
     seconds: float = 0.0
     in_place_ok: bool = False
     head: str = "groups"
+    alone: bool = False
+    own: bool = False
 
 
-_LENGTHS = (90, 33, 33, 17, 5, 3, 2)
-"""Tokens: equal lengths twice, an empty text (its two special tokens), one and three tokens beside the specials."""
-_OPERATIONS = 2.3e11
-"""Floating-point operations of all forwards together, at most: about two seconds on two CPU cores."""
+class Subject(Protocol):
+    """What the check asks of the model that it checks."""
+
+    kind: str
+    run: Any
+    """The SentenceTransformer or CrossEncoder, private, to which ways are applied."""
+    tokenizer: Any
+    dtype: torch.dtype
+    device_of_rows: torch.device
+    max_length: int | None
+    refusal: str
+    """Why neither packing nor masks of ours can be tried; "" if they can."""
+    can_mask: bool
+    """Whether the small mask can be tried."""
+    can_fuse: bool
+
+    @property
+    def encoder_module(self) -> Any:
+        """The transformers encoder inside; None without."""
+
+    def use(self, check: SelfCheck) -> None:
+        """Take the way `check` from now on. Raises NotImplementedError where it does not exist."""
+
+    def rows_of(self, values: Sequence[Any], call: Call) -> Tensor:
+        """Rows of `values`, in their order, as one micro-batch of a call would make them."""
+
+    def company(self, values: Sequence[Any], call: Call) -> list[bool]:
+        """Which of `values` may run with others, however the others run."""
+
+    def ends_in_padding(self, values: Sequence[Any], call: Call) -> list[bool]:
+        """Which of `values` end in a padding token written in them."""
+
+    def pack(self, values: Sequence[Any], call: Call) -> list[Tensor]:
+        """Pack `values` through the encoder: its last hidden states of each, shape (tokens, hidden size)."""
+
+    def rows_by(self, head: str) -> Tensor:
+        """Rows of the values packed last, in their order, through `head`."""
 
 
-def tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """The largest difference, relative to the norm, that sums in another order explain.
+_ORDER = 10
+"""A padded batch of the model's own may differ by so many times more before its inputs run alone: what is wrong differs by
+far more than what is rounded otherwise, and running alone is slow."""
+
+
+def tolerance(dtype: torch.dtype, device: torch.device, layers: int = 1) -> float:
+    """The largest difference, relative to the norm, that sums in another order explain, for so many layers.
 
     Seen for correct packing: float32 1e-6 (all-MiniLM-L6-v2, 6 layers), float16 1.7e-3, bfloat16 1.5e-2; it grows with
     the root of the number of layers. Half precision: twelve roundings of 2**-11 and 2**-8. TF32 multiplies as coarsely
@@ -62,7 +98,9 @@ def tolerance(dtype: torch.dtype, device: torch.device) -> float:
     """
     if dtype is torch.float32 and device.type == "cuda" and _tf32():
         return 6e-3
-    return {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 6e-3}.get(dtype, 5e-2)
+    if dtype is torch.float32:
+        return 1e-5 * float(max(layers / 6, 1.0) ** 0.5)
+    return {torch.float64: 1e-10, torch.float16: 6e-3}.get(dtype, 5e-2)
 
 
 def _tf32() -> bool:
@@ -73,50 +111,138 @@ def _tf32() -> bool:
         return bool(matmul.fp32_precision != "ieee")
 
 
-def run_self_check(model: nn.Module, *, seed: int = 0) -> SelfCheck:
-    """Check a SentenceTransformer or CrossEncoder in eval mode on which `interface.install` has succeeded.
+def run_self_check(subject: Subject) -> SelfCheck:
+    """The quickest way that gives the model's own rows; `subject` uses it afterwards.
 
-    Takes milliseconds for small models, and leaves the model as it was. Out-of-memory errors pass through; every other
-    failure is a reason.
+    Takes milliseconds for small models. Out-of-memory errors pass through; every other failure is a reason.
     """
     began = time.perf_counter()
-    try:
-        packed_model = PackedModel(model)
-        trial = _Trial(packed_model, seed)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        return SelfCheck(False, False, _because(error), seconds=time.perf_counter() - began)
-    in_place = fuse.install(packed_model.hf_model) > 0
-    try:
-        (packed_ok, difference, reason), (small_mask_ok, _, _) = _judge(trial.packed), _judge(trial.small_mask)
-    finally:
-        fuse.uninstall(packed_model.hf_model)
-    if in_place and not (packed_ok and small_mask_ok):
-        careful, careful_small = _judge(trial.packed), _judge(trial.small_mask)
-        if (careful[0], careful_small[0]) != (
-            packed_ok,
-            small_mask_ok,
-        ):  # it was working in place that made the difference
-            (packed_ok, difference, reason), small_mask_ok, in_place = careful, careful_small[0], False
-    in_place = in_place and (packed_ok or small_mask_ok)
-    head = next((head for head in HEADS[1:] if packed_ok and _judge(partial(trial.head, head))[0]), "groups")
-    return SelfCheck(packed_ok, small_mask_ok, reason, difference, time.perf_counter() - began, in_place, head)
+    found = _Checker(subject).find()
+    found = replace(found, seconds=time.perf_counter() - began)
+    subject.use(found)
+    return found
 
 
-def _judge(compare: Any) -> tuple[bool, float, str]:
-    """(equal, largest difference, reason) of one comparison; a failure is a difference."""
-    try:
-        difference, allowed = compare()
-    except Exception as error:  # any failure of a fast path means that the plain path serves
-        if is_out_of_memory(error):
-            raise
-        return False, float("inf"), _because(error)
-    if difference != difference:
-        return False, float("inf"), "the result is not a number"
-    if difference > allowed:
-        return False, difference, f"results differ by {difference:.1g} of their norm, more than {allowed:.1g}"
-    return True, difference, ""
+Verdict = tuple[bool, float, str]
+"""(equal, largest difference, why not)."""
+
+
+class _Checker:
+    """The probes of one model, made once, and what each way makes of them."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        device = subject.device_of_rows
+        config = getattr(subject.encoder_module, "config", None)
+        layers = getattr(config, "num_hidden_layers", None)
+        self.allowed = tolerance(subject.dtype, device, layers if isinstance(layers, int) else 1)
+        pairs = subject.kind == "reranker"
+        longest = probes.longest_wanted(subject.encoder_module, subject.max_length, device)
+        values = probes.probe_inputs(subject.tokenizer, pairs=pairs, longest=longest)
+        model = probes.reference_model(subject.run)
+        self.plain = probes.reference(model, values, BARE)
+        company = subject.company([probe.value for probe in self.plain], BARE)
+        self.in_company = [probe for probe, may in zip(self.plain, company, strict=True) if may]
+        few = values[1:2] + values[-2:-1]  # of two lengths
+        self.others = [probes.reference(model, few, call) for call in probes.calls(model, pairs)]
+
+    def find(self) -> SelfCheck:
+        if not self.plain and any(self.others):  # a Router without a default route
+            return self._careful(SelfCheck(False, False, "the model asks for a task or a prompt"))
+        if not self.plain:
+            return SelfCheck(False, False, "the model itself gives no finite row of any probe")
+        quick = self._quick() if not self.subject.refusal else SelfCheck(False, False, self.subject.refusal)
+        if quick.packed_ok or quick.small_mask_ok:
+            verdict = self._judge(quick, self._all_calls)
+            if verdict[0]:
+                return quick
+            quick = SelfCheck(False, False, verdict[2], verdict[1])
+        return self._careful(quick)
+
+    def _quick(self) -> SelfCheck:
+        """Packed, or else padded under the small mask; activations in place unless that alone makes the difference."""
+        why: Verdict = (False, 0.0, "")
+        for in_place in (True, False) if self.subject.can_fuse else (False,):
+            way = SelfCheck(True, False, in_place_ok=in_place)
+            verdict = self._judge(way, self._packed)
+            if verdict[0]:
+                return replace(way, head=self._head(), max_difference=verdict[1])
+            why = verdict
+        for in_place in () if not self.subject.can_mask else (True, False) if self.subject.can_fuse else (False,):
+            way = SelfCheck(False, True, why[2], why[1], in_place_ok=in_place)
+            if self._judge(way, self._together)[0]:
+                return way
+        return SelfCheck(False, False, why[2], why[1])
+
+    def _head(self) -> str:
+        """The quickest head that gives the same rows, each really taken: none steps back for "groups" here."""
+        ends = self.subject.ends_in_padding([probe.value for probe in self.in_company], BARE)
+        some = [probe for probe, padding in zip(self.in_company, ends, strict=True) if not padding]
+        if len(some) < len(self.in_company):
+            self.subject.pack([probe.value for probe in some], BARE)
+
+        def compare(head: str) -> Callable[[], float]:
+            return lambda: self._against(some, self.subject.rows_by(head))
+
+        return next((head for head in HEADS[1:] if self._try(compare(head), self.allowed)[0]), HEADS[0])
+
+    def _careful(self, quick: SelfCheck) -> SelfCheck:
+        """Padded by the model's own code; one at a time; the model's own methods: the first that is right."""
+        padded = SelfCheck(False, False, quick.reason, quick.max_difference)
+        verdict = self._judge(padded, self._all_calls, self.allowed * _ORDER)
+        if verdict[0]:
+            return padded
+        alone = SelfCheck(False, False, f"rows depend on what runs together: {verdict[2]}", verdict[1], alone=True)
+        verdict = self._judge(alone, self._all_calls)
+        return alone if verdict[0] else replace(alone, reason=verdict[2], max_difference=verdict[1], own=True)
+
+    # the comparisons: each returns its largest difference
+
+    def _judge(self, way: SelfCheck, compare: Callable[[], float], allowed: float | None = None) -> Verdict:
+        def used() -> float:
+            self.subject.use(way)
+            return compare()
+
+        return self._try(used, self.allowed if allowed is None else allowed)
+
+    def _try(self, compare: Callable[[], float], allowed: float) -> Verdict:
+        try:
+            difference = compare()
+        except Exception as error:  # any failure of a way means that another serves
+            if is_out_of_memory(error):
+                raise
+            return False, float("inf"), _because(error)
+        if difference != difference:
+            return False, float("inf"), "the result is not a number"
+        if difference > allowed:
+            return False, difference, f"results differ by {difference:.1g} of their norm, more than {allowed:.1g}"
+        return True, difference, ""
+
+    def _together(self) -> float:
+        return self._rows(self.plain)
+
+    def _packed(self) -> float:
+        """Rows, and hidden states as well: a score, or a mean over many tokens, can hide a wrong token."""
+        hidden = self.subject.pack([probe.value for probe in self.in_company], BARE)
+        pairs = [(ours, probe.hidden) for ours, probe in zip(hidden, self.in_company, strict=True)]
+        shown = [(a, b) for a, b in pairs if b is not None and a.shape == b.shape]
+        return _worst(_largest(shown, scores=False), self._against(self.in_company, self.subject.rows_by(HEADS[0])))
+
+    def _all_calls(self) -> float:
+        return _worst(*(self._rows(each) for each in (self.plain, *self.others) if each))
+
+    def _rows(self, wanted: Sequence[Probe]) -> float:
+        return self._against(wanted, self.subject.rows_of([probe.value for probe in wanted], wanted[0].call))
+
+    def _against(self, wanted: Sequence[Probe], rows: Tensor) -> float:
+        if rows.shape != (len(wanted), *wanted[0].row.shape):
+            raise NotImplementedError("there is not one row per input")
+        return _largest([(row, probe.row) for row, probe in zip(rows, wanted, strict=True)], scores=True)
+
+
+def _worst(*differences: float) -> float:
+    """The largest; NaN if one is."""
+    return next((value for value in differences if value != value), max(differences))
 
 
 def _because(error: Exception) -> str:
@@ -124,176 +250,20 @@ def _because(error: Exception) -> str:
     return text if isinstance(error, NotImplementedError) and text else f"{type(error).__name__}: {text}"
 
 
-class _Trial:
-    """The sequences, and the plain results that both comparisons need; those are computed once."""
+def _largest(pairs: Sequence[tuple[Tensor, Tensor]], *, scores: bool) -> float:
+    """The largest relative difference of each (got, wanted); NaN if anything is not finite.
 
-    def __init__(self, packed_model: PackedModel, seed: int) -> None:
-        self.model = packed_model
-        encoder = packed_model.encoder
-        parameter = next(encoder.parameters())
-        self.device = parameter.device
-        self.allowed = tolerance(parameter.dtype, self.device)
-        tokenizer = getattr(packed_model.model, "tokenizer", None)
-        self.pad_id = getattr(tokenizer, "pad_token_id", None) or 0
-        self.pad_left = getattr(tokenizer, "padding_side", "right") == "left"
-        self.token_types = "token_type_ids" in (getattr(tokenizer, "model_input_names", None) or ())
-        self.ids = _random_ids(encoder, tokenizer, _lengths(encoder, tokenizer, self.device), seed)
-        self._output: Any = None
-        self._plain: dict[int, list[tuple[Tensor, Tensor]]] = {}
-
-    def packed(self) -> tuple[float, float]:
-        """(largest difference, allowed) between packed and plain rows and hidden states."""
-        lengths = [len(ids) for ids in self.ids]
-        row = torch.cat(self.ids)
-        types = torch.zeros_like(row) if self.token_types else None
-        with torch.inference_mode():
-            output = self.model.hidden_states(row, lengths, types)
-            rows = self.model.rows(output, row, lengths, types)
-            self._output = output
-            hidden = output.last_hidden_state[0].split(lengths)
-        got = list(zip(rows, hidden, strict=True))
-        return _largest(got, [*self.plain(0, 2), *self.plain(2, len(self.ids))]), self.allowed
-
-    def head(self, head: str) -> tuple[float, float]:
-        """The same for rows alone, with what stands behind the encoder run in another way on the last packed output."""
-        if self._output is None:
-            raise NotImplementedError("nothing was packed")
-        lengths, row = [len(ids) for ids in self.ids], torch.cat(self.ids)
-        types = torch.zeros_like(row) if self.token_types else None
-        rows = PackedModel(self.model.model, head).rows(self._output, row, lengths, types)
-        wanted = [*self.plain(0, 2), *self.plain(2, len(self.ids))]
-        if rows.shape != (len(lengths), *wanted[0][0].shape):
-            raise NotImplementedError(f"the head {head!r} gives no row per sequence")
-        return _largest([(got, hidden) for got, (_, hidden) in zip(rows, wanted, strict=True)], wanted), self.allowed
-
-    def small_mask(self) -> tuple[float, float]:
-        """The same for padded sequences under the small mask; the short ones suffice."""
-        features, _ = self._features(self.ids[2:])
-        with interface.padded(uniform=False):
-            rows = self.model.plain(features)
-        wanted = self.plain(2, len(self.ids))
-        return _largest([(row, hidden) for row, (_, hidden) in zip(rows, wanted, strict=True)], wanted), self.allowed
-
-    def plain(self, start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
-        """(row, hidden states) of each sequence by the plain forward: no context, so plain sdpa and its own mask."""
-        if start not in self._plain:
-            features, places = self._features(self.ids[start:stop])
-            rows, hidden = self.model.plain_with_hidden_states(features)
-            self._plain[start] = [(rows[index], hidden[index, place]) for index, place in enumerate(places)]
-        return self._plain[start]
-
-    def _features(self, ids: Sequence[Tensor]) -> tuple[dict[str, Any], list[slice]]:
-        """Features of padded rows, and where in each row its tokens lie."""
-        width = max(len(row) for row in ids)
-        shape = (len(ids), width)
-        features: dict[str, Any] = {
-            "input_ids": torch.full(shape, self.pad_id, dtype=torch.long, device=self.device),
-            "attention_mask": torch.zeros(shape, dtype=torch.long, device=self.device),
-        }
-        if self.token_types:
-            features["token_type_ids"] = torch.zeros(shape, dtype=torch.long, device=self.device)
-        places = [slice(width - len(row), width) if self.pad_left else slice(0, len(row)) for row in ids]
-        for index, (row, place) in enumerate(zip(ids, places, strict=True)):
-            features["input_ids"][index, place] = row
-            features["attention_mask"][index, place] = 1
-        return features, places
-
-
-def _largest(got: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """The largest relative difference of rows and of each sequence's hidden states; NaN if anything is not finite.
-
-    Rows of a norm below one count as one: a score near zero is no reason to ask for more digits. Hidden states are
-    compared as well because a score, or a mean over many tokens, can hide a wrong token.
+    scores: rows of fewer than 16 numbers and of a norm below one count as one: a score near zero is no reason to ask
+    for more digits.
     """
     found = []
-    for (row, hidden), (plain_row, plain_hidden) in zip(got, wanted, strict=True):
-        for one, other, floor in ((row, plain_row, row.numel() < 16), (hidden, plain_hidden, False)):
-            one, other = one.double(), other.double()
-            norm = torch.linalg.vector_norm(other)
-            if floor:
-                norm = norm.clamp(min=1.0)
-            found.append(torch.linalg.vector_norm(one - other) / norm)
+    for got, wanted in pairs:
+        one, other = got.double(), wanted.to(got.device).double()
+        norm = torch.linalg.vector_norm(other)
+        if scores and other.numel() < 16:
+            norm = norm.clamp(min=1.0)
+        found.append(torch.linalg.vector_norm(one - other) / norm.clamp(min=1e-30))
+    if not found:
+        return 0.0
     values = torch.stack(found)
     return float("nan") if not bool(values.isfinite().all()) else float(values.max())
-
-
-def _lengths(encoder: nn.Module, tokenizer: Any, device: torch.device) -> list[int]:
-    """Tokens of each sequence, longest first: fewer for large models, more to reach beyond a sliding window."""
-    embeddings = encoder.get_input_embeddings().weight.numel()  # type: ignore[operator]
-    parameters = max(1, sum(parameter.numel() for parameter in encoder.parameters()) - embeddings)
-    scale = min(1.0, _OPERATIONS / (2 * parameters * 700)) if device.type == "cpu" else 1.0
-    lengths = [max(round(length * scale), low) for length, low in zip(_LENGTHS, (40, 15, 15, 8, 4, 3, 2), strict=True)]
-    config = encoder.config.get_text_config() if hasattr(encoder.config, "get_text_config") else encoder.config  # type: ignore[operator]
-    windows = [getattr(config, name, None) for name in ("sliding_window", "local_attention")]
-    # A window of thousands of tokens costs too much here; the mask and the layer must then agree on it (interface.py).
-    reach = [
-        window for window in windows if isinstance(window, int) and window <= (600 if device.type == "cpu" else 5000)
-    ]
-    lengths[0] = max([lengths[0], *(window + 9 for window in reach)])
-    limits = [getattr(tokenizer, "model_max_length", None)]
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        limits.append(positions - interface.position_offset(encoder))
-    limit = min([value for value in limits if isinstance(value, int) and value > 0], default=lengths[0])
-    return sorted((min(length, limit) for length in lengths), reverse=True)
-
-
-def _random_ids(encoder: nn.Module, tokenizer: Any, lengths: Sequence[int], seed: int) -> list[Tensor]:
-    """Ordinary tokens between the special tokens of the tokenizer, so that no pad or end token lies inside."""
-    generator = torch.Generator().manual_seed(seed)
-    size: int = encoder.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    special = {int(index) for index in getattr(tokenizer, "all_special_ids", None) or ()}
-    first = _first_of(tokenizer, "cls_token_id", "bos_token_id")
-    last = _first_of(tokenizer, "sep_token_id", "eos_token_id")
-    device = next(encoder.parameters()).device
-    rows = []
-    for length in lengths:
-        ids = torch.randint(0, size, (4 * length + 16,), generator=generator, device="cpu")
-        if special:
-            ids = ids[~torch.isin(ids, torch.tensor(sorted(special), device="cpu"))]
-        ids = ids[:length]
-        if len(ids) < length:
-            raise NotImplementedError("the vocabulary holds too few ordinary tokens")
-        if first is not None:
-            ids[0] = first
-        if last is not None and length > 1:
-            ids[-1] = last
-        rows.append(ids.to(device))
-    return rows
-
-
-def _first_of(tokenizer: Any, *names: str) -> int | None:
-    return next((value for name in names if (value := getattr(tokenizer, name, None)) is not None), None)
-
-
-class CheckStore:
-    """Remembers one model's self-check on disk. key: the model, its revision and dtype, and what it runs on; the
-    versions of the libraries that its forward goes through are added. Losing it costs another check, nothing else."""
-
-    _SCHEMA = 3
-
-    def __init__(self, key: Sequence[str]) -> None:
-        versions = [importlib.import_module(name).__version__ for name in ("transformers", "sentence_transformers")]
-        self._key = [*key, str(torch.__version__), *versions]
-        self._store = Store(os.path.join(cache_dir(), "checks"), "remembered self-check", self._SCHEMA, _believed)
-
-    def load(self) -> SelfCheck | None:
-        """What was found, or None."""
-        return self._store.load(self._key)
-
-    def save(self, check: SelfCheck) -> None:
-        fields = asdict(check)
-        if not math.isfinite(check.max_difference):
-            fields["max_difference"] = None
-        self._store.write(self._key, document(self._SCHEMA, self._key, fields))
-
-
-def _believed(state: dict[str, Any]) -> SelfCheck:
-    """The check in a remembered file; raises ``ValueError`` for one that `run_self_check` cannot have given."""
-    infinite = state["max_difference"] is None  # JSON knows no infinity
-    check = SelfCheck(**read_fields(SelfCheck, {**state, "max_difference": 0.0} if infinite else state))
-    if check.head not in HEADS or (check.head != "groups" and not check.packed_ok):
-        raise ValueError("a head that this check cannot have found")
-    if check.in_place_ok and not (check.packed_ok or check.small_mask_ok):
-        raise ValueError("working in place is right for no path")
-    return replace(check, max_difference=math.inf) if infinite else check

@@ -18,12 +18,14 @@ from memsafe.models.content import ContentTokenizer
 from memsafe.models.features import FeatureRows
 from memsafe.models.samples import samples
 from memsafe.models.trial import Trial
-from memsafe.models.ways import Encoded, Features, Limits, Opaque, Text, Way, frozen
+from memsafe.models.ways import Encoded, Fast, Features, Limits, Opaque, Text, Way, frozen
 
 __all__ = ["Encoded", "InputEncoder", "Way"]
 
 _WAYS_KEPT = 256
 """Prompts and options whose ways are remembered: finding one takes some milliseconds."""
+
+_CANNOT_CUT = "truncation, query_max_length: this model's own preprocessing must run unchanged; leave them out"
 
 
 class InputEncoder:
@@ -34,7 +36,8 @@ class InputEncoder:
     for sentence-transformers' own modules: what other code does to a text no samples can show, so it is called.
     What differs from text to text beside its tokens cannot be known from ids: then the raw text goes to the forward.
 
-    mode, max_length: of a call without prompt and options. pad_id, pad_type_id, pad_left, feature_names: how the model's
+    mode, max_length: of a call without prompt and options. own: whether inputs go untouched to the model's own ``encode``
+    or ``predict`` instead (:meth:`use_own`). pad_id, pad_type_id, pad_left, feature_names: how the model's
     own preprocessing pads, and what it gives.
     """
 
@@ -50,14 +53,27 @@ class InputEncoder:
         self._ways: OrderedDict[Hashable, Way] = OrderedDict()
         self._trials: dict[Hashable, Trial] = {}
         self._cores: dict[int, ContentTokenizer] = {}
+        self._accepted: dict[Hashable, bool] = {}
         tokenizer = sbert.hf_tokenizer(model)
         self.pad_id = int(getattr(tokenizer, "pad_token_id", None) or 0)
         self.pad_type_id = int(getattr(tokenizer, "pad_token_type_id", None) or 0)
         self.pad_left = getattr(tokenizer, "padding_side", "right") == "left"
         self.feature_names: tuple[str, ...] = ()
+        self.own = False
         self._look(tokenizer)
         way = self.way()
         self.mode, self.max_length = way.mode, way.max_length
+
+    def use_own(self, own: bool) -> None:
+        """Whether all ways are opaque from now on, with inputs as they are given: the model's own methods take it from
+        there. Raises :class:`ConfigError` where cutting was asked for, which those would not do."""
+        if own and self._cuts:
+            raise ConfigError(_CANNOT_CUT)
+        with self._choosing:
+            if own != self.own:
+                self.own = own
+                self._ways.clear()
+                self.mode = self.way().mode
 
     def after_fork(self) -> None:
         """See :meth:`memsafe.models.model.LoadedModel.after_fork`."""
@@ -68,6 +84,15 @@ class InputEncoder:
     def way(self, prompt: str | None = None, options: Mapping[str, Any] | None = None) -> Way:
         """How inputs with `prompt` before each (before the query of a pair) are encoded, for a call with `options` (``task``,
         ...). Raises :class:`ConfigError` where cutting was asked for in a way that this model cannot do."""
+        way = self.model_way(prompt, options)
+        if not self._cuts:
+            return way
+        if not isinstance(way, Fast):
+            raise ConfigError(_CANNOT_CUT)
+        return way.with_limits(self._asked(way.limits))
+
+    def model_way(self, prompt: str | None = None, options: Mapping[str, Any] | None = None) -> Way:
+        """As :meth:`way`, but inputs are cut as the model itself cuts them, whatever was asked for."""
         options = options or {}
         key = (prompt or None, frozen(options))
         with self._choosing:
@@ -77,6 +102,19 @@ class InputEncoder:
             if len(self._ways) > _WAYS_KEPT:
                 self._ways.popitem(last=False)
             return way
+
+    def accepts(self, options: Mapping[str, Any]) -> bool:
+        """Whether the model's own preprocessing takes `options`: modules may have tasks of other names, or know none."""
+        key = frozen(options)
+        with self._choosing:
+            if key not in self._accepted:
+                try:
+                    self._preprocess([("x", "x") if self._pairs else "x"], None, options)
+                except Exception:  # whatever it raises for a name that it does not know
+                    self._accepted[key] = False
+                else:
+                    self._accepted[key] = True
+            return self._accepted[key]
 
     def extras(self, prompt: str | None, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Features beside the tokens that the model's preprocessing adds for `prompt` (modality, prompt_length)."""
@@ -108,17 +146,20 @@ class InputEncoder:
         self.pad_type_id = self.pad_type_id if rows.pad_type_id is None else rows.pad_type_id
         self.pad_left = self.pad_left if rows.pad_left is None else rows.pad_left
 
+    @property
+    def _cuts(self) -> bool:
+        """Whether inputs are to be cut in another way than the model's own."""
+        return self._only_second or self._query_max_length is not None
+
     def _find(self, prompt: str, options: Mapping[str, Any]) -> Way:
         trial = self._trial(options)
+        if self.own:
+            return Opaque(trial.limits, prompt or None, options, list)
         rows = None if sbert.forward_options(self._model, options) else self._rows(trial.texts, prompt, options)
         if rows is not None and trial.readable:
             for fast in trial.candidates(rows, prompt):
                 if trial.confirms(fast, rows):
-                    return fast.with_limits(self._asked(fast.limits))
-        if self._only_second or self._query_max_length is not None:
-            raise ConfigError(
-                "truncation, query_max_length: this model's own preprocessing must run unchanged; leave them out"
-            )
+                    return fast
         shorten = partial(self._shorten, trial)
         if rows is None or not trial.readable:
             return Opaque(trial.limits, prompt or None, options, shorten)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import struct
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,8 @@ class Checkpoint:
     elements: dict[str, int]
     other_bytes: int
     """Size of weight files whose headers cannot be read cheaply (pytorch_model.bin)."""
+    bases: tuple[Checkpoint, ...] = ()
+    """What adapters in the folder were trained on; their weights are counted in the above."""
 
     def bytes_as(self, dtype: str | None) -> int:
         """Bytes of the weights in memory, float weights in `dtype` ("float32", ...), or as stored if None."""
@@ -54,20 +59,32 @@ class Checkpoint:
 
     @property
     def revision(self) -> str:
-        """Changes when the weights or the configuration do: names, sizes and times of the folder's files."""
-        files = sorted(p for p in self.folder.rglob("*") if p.suffix in (".json", ".safetensors", ".bin"))
-        stats = [(str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        import hashlib
-
+        """Changes when weights, configuration, tokenizer or code do: names, sizes and times of the files of the folder and
+        of what its adapters stand on."""
+        stats = [
+            (str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
+            for folder in (self.folder, *(base.folder for base in self.bases))
+            for file in sorted(folder.rglob("*"))
+            if file.is_file() and not file.name.endswith((".md", ".lock"))
+        ]
         return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
 
 
 def inspect(
-    model: str, *, kind: str, revision: str | None = None, cache_folder: str | None = None, backend: str = "torch"
+    model: str,
+    *,
+    kind: str,
+    revision: str | None = None,
+    cache_folder: str | None = None,
+    backend: str = "torch",
+    elsewhere: bool = False,
 ) -> Checkpoint | None:
-    """Look at a local folder, or at the local cache of a hub id; None if nothing of it is on this machine yet.
+    """Look at a local folder, or at the local cache of a hub id; None if that is not all on this machine yet, or
+    `elsewhere`: options name a place inside the folder, which only upstream knows to find.
 
-    Raises :class:`ModelError` for a folder that is missing, empty, half-written, or not of `kind`.
+    Nothing that sentence-transformers would load is refused: it fetches what a cache lacks, takes the base of an adapter
+    from elsewhere, and makes an embedder of a classifier or a reranker of an encoder (with a warning of ours).
+    Raises :class:`ModelError` for a folder that is missing, empty, half-written or damaged.
     """
     path = Path(model).expanduser()
     looks_local = (
@@ -76,8 +93,10 @@ def inspect(
         or model.count("/") > 1
         or (os.sep != "/" and os.sep in model)
     )
+    if elsewhere and not path.is_file():
+        return None
     if path.is_dir():
-        folder = path
+        checkpoint = _read(path, backend, cache_folder)
     elif path.exists():
         raise ModelNotFoundError(f"model: {model} is a file; give the folder that holds it, or a hub id")
     elif looks_local:
@@ -88,12 +107,12 @@ def inspect(
         cached = _from_cache(model, revision, cache_folder)
         if cached is None:
             return None
-        folder = cached
-    checkpoint = _read(folder, backend)
+        try:
+            checkpoint = _read(cached, backend, cache_folder)
+        except ModelNotFoundError:  # a part of it: upstream fetches the rest, or says why it cannot
+            return None
     if checkpoint.kind is not None and checkpoint.kind != kind:
-        wanted, other = ("SentenceTransformer", "Reranker") if kind == "embedding" else ("CrossEncoder", "Embedder")
-        found = "a cross-encoder" if checkpoint.kind == "reranker" else "an embedding model"
-        raise ModelError(f"model: {model} is {found}, not a {wanted}; give it to {other}, or choose another model")
+        _tell_other_kind(model, kind)
     return checkpoint
 
 
@@ -117,6 +136,14 @@ def check_hub(model: str, *, revision: str | None = None, token: Any = None) -> 
             f"({type(error).__name__}: {reason}); give a local folder, or fill the cache where there is a network ("
             f"hf download {model}; HF_HOME says where it lies) and set HF_HUB_OFFLINE=1"
         ) from error
+
+
+def _tell_other_kind(model: str, kind: str) -> None:
+    if kind == "embedding":
+        what = "a cross-encoder; SentenceTransformer takes its encoder and averages hidden states that nobody trained for it"
+    else:
+        what = "an embedding model; CrossEncoder puts a new head on it, whose scores are random until it is trained"
+    warnings.warn(f"model: {model} was saved as {what}", stacklevel=5)
 
 
 def check_fits(checkpoint: Checkpoint, dtype: str | None, room_bytes: int, device: str) -> None:
@@ -154,38 +181,74 @@ def _from_cache(model: str, revision: str | None, cache_folder: str | None) -> P
     return None
 
 
-def _read(folder: Path, backend: str) -> Checkpoint:
+def _read(folder: Path, backend: str, cache_folder: str | None, *, is_base: bool = False) -> Checkpoint:
+    """What is in `folder`; is_base: for an adapter elsewhere, not looked for its own bases. Raises :class:`ModelNotFoundError` where something is missing, :class:`ModelError` where something is damaged."""
     if not any(folder.iterdir()):
         raise ModelNotFoundError(
             f"model: the folder {folder} is empty; it needs a saved model (config.json and weights)"
         )
     config, modules = _json(folder / "config.json", dict), _json(folder / "modules.json", list)
-    if config is None and modules is None:
+    folders = [folder, *(folder / m["path"] for m in modules or [] if isinstance(m, dict) and m.get("path"))]
+    folders = list(dict.fromkeys(folders))
+    adapters = [found for place in folders if (found := _json(place / "adapter_config.json", dict)) is not None]
+    if config is None and modules is None and not adapters:
         raise ModelNotFoundError(
             f"model: {folder} has neither config.json nor modules.json; it is no saved model, or half a copy of one"
         )
-    folders = [folder, *(folder / m["path"] for m in modules or [] if isinstance(m, dict) and m.get("path"))]
     elements: dict[str, int] = {}
-    other_bytes, found = 0, False
-    for place in dict.fromkeys(folders):
+    other_bytes, found_any = 0, False
+    for place in folders:
         tensors = sorted(place.glob("*.safetensors"))
+        missing = _missing_shards(place) if tensors else []
+        if missing:
+            raise ModelNotFoundError(f"model: {place} lacks {', '.join(missing[:3])}; the copy is not complete")
         for file in tensors:
-            found = True
+            found_any = True
             for name, count in _header(file).items():
                 elements[name] = elements.get(name, 0) + count
         if not tensors:
             sizes = [file.stat().st_size for file in place.glob("*.bin")]
-            found, other_bytes = found or bool(sizes), other_bytes + sum(sizes)
-    if not found and backend == "torch" and config is not None:
+            found_any, other_bytes = found_any or bool(sizes), other_bytes + sum(sizes)
+    if not found_any and backend == "torch" and (config is not None or adapters):
         raise ModelNotFoundError(
             f"model: {folder} has a configuration but no weights (*.safetensors, *.bin); the copy is not complete"
         )
-    if found and config is not None and not any(any(place.glob(name)) for place in folders for name in _PREPROCESSING):
+    bases = tuple(base for adapter in adapters if not is_base and (base := _base(adapter, cache_folder)) is not None)
+    places = [*folders, *(base.folder for base in bases)]
+    if (
+        found_any
+        and config is not None
+        and not any(any(place.glob(name)) for place in places for name in _PREPROCESSING)
+    ):
         # transformers 5 would make up an empty tokenizer, to which every word is unknown
         raise ModelNotFoundError(
             f"model: {folder} has weights but no tokenizer (tokenizer.json, ...); the copy is not complete"
         )
-    return Checkpoint(folder, _kind(folder, config, modules), elements, other_bytes)
+    for base in bases:
+        other_bytes += base.other_bytes
+        for name, count in base.elements.items():
+            elements[name] = elements.get(name, 0) + count
+    return Checkpoint(folder, _kind(folder, config, modules), elements, other_bytes, bases)
+
+
+def _missing_shards(folder: Path) -> list[str]:
+    """Files that an index of several names and that are not there: a download was interrupted."""
+    names: set[str] = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        names |= {str(name) for name in (_json(index, dict).get("weight_map") or {}).values()}
+    return sorted(name for name in names if not (folder / name).is_file())
+
+
+def _base(adapter: Mapping[str, Any], cache_folder: str | None) -> Checkpoint | None:
+    """What the adapter of a folder was trained on, if that is on this machine."""
+    name = adapter.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        return None
+    folder = Path(name) if Path(name).is_dir() else _from_cache(name, adapter.get("revision"), cache_folder)
+    try:
+        return None if folder is None else _read(folder, "torch", cache_folder, is_base=True)
+    except ModelNotFoundError:  # upstream fetches it, or says what it lacks
+        return None
 
 
 def _kind(folder: Path, config: Any, modules: Any) -> str | None:

@@ -37,9 +37,10 @@ _FADING = 0.8
 class Modelled(Protocol):
     """What planning asks of a model: arithmetic on shapes, nothing that runs."""
 
-    packed: bool
-    pad_multiple: int
-
+    @property
+    def packed(self) -> bool: ...
+    @property
+    def pad_multiple(self) -> int: ...
     @property
     def workspace_bytes(self) -> int: ...
     @property
