@@ -31,6 +31,8 @@ _HORIZON = 4
 """How far beyond the largest size measured something better is looked for, as a factor."""
 _MODEST, _MODEST_LOSS = 2.0, 0.05
 """No size is used or tried that is more than twice the smallest one with which a run loses at most 5 %, as measured so far."""
+_SMALL = 4
+"""Up to so many times the first size costs too little memory to be cut in two, or held back while the device waits for texts."""
 _FAR = 4
 """A smaller size so many times smaller tells nothing of those between."""
 _AGAIN = 0.1
@@ -116,13 +118,15 @@ class Sizing:
             # Where launching is the limit, two micro-batches take twice as long as one.
             return self._capped(min(pending.tokens, max(int(self._traits.launch_flops / self._token_flops), 1)))
         tokens, trial = self._next(pending.lengths)
-        if trial and (capped or pending.starved or self._too_many(tokens, pending)):
+        starved = pending.starved and tokens > _SMALL * self._traits.start_tokens
+        if trial and (capped or starved or self._too_many(tokens, pending)):
             tokens, trial = min(tokens, self._known()), False
         if not trial:  # smaller ones were only ever measured because no more was waiting
             tokens = max(tokens, self._traits.start_tokens)
         if trial and pending.room_tokens < tokens <= pending.tokens:
             self._tries[size_class(tokens)] += 1  # the budget does not let it happen
-        trial = trial and tokens <= min(pending.tokens, pending.room_tokens)
+        # What takes about all that waits stands for nothing else, and would only be cut in two.
+        trial = trial and tokens <= min(pending.tokens // 2, pending.room_tokens)
         if trial and pending.trying and not self._traits.side_by_side and self._steep():
             return None  # launching is the limit: another one as small would only take its time
         return self._capped(tokens if trial else self._shared(tokens, pending), trial)
@@ -192,6 +196,8 @@ class Sizing:
             return min(size, max(-(-pending.tokens // self.lanes[0]), _LEAST_SHARE))
         if pending.coming or pending.tokens >= 4 * size:
             return size
+        if pending.tokens <= _SMALL * self._traits.start_tokens:
+            return pending.tokens  # questions: two launches take twice as long as one
         return -(-pending.tokens // max(-(-pending.tokens // size), 1))
 
     def _capped(self, tokens: int, trial: bool = False) -> Size:
