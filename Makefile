@@ -5,10 +5,13 @@ VENV   ?= .venv
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check --no-input install -qq
 LOWEST_TORCH ?= 2.6.0
+# How many tests side by side (pytest-xdist): one per core, fewer where memory is short. JOBS=0: one after the other.
+JOBS ?= auto
+PYTEST  = $(PY) -m pytest -n $(JOBS) --dist worksteal
 SOURCES = core llama_index_memsafe langchain_memsafe
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-hostile test-lowest lint bench dist clean
+.PHONY: help demo test test-fast test-all test-hostile test-lowest lint bench dist clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,17 +19,21 @@ help: ## Show this list
 demo: $(VENV)/.demo-ready ## Index and search real passages through LlamaIndex and LangChain (under two minutes)
 	@$(PY) examples/demo.py
 
-test: $(VENV)/.test-ready ## Run every test this machine can run, linting and real memory limits included
-	@$(PY) -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.test-ready ## Run what proves every promise, linting and real memory limits included (ten minutes on two cores)
+	@$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
-test-fast: $(VENV)/.test-ready ## Run the quick tests only
-	@$(PY) -m pytest -m "not hostile and not slow" $(PYTEST_ARGS)
+test-fast: $(VENV)/.test-ready ## Run the quick tests, for while you work (under 90 seconds)
+	@$(PYTEST) -m "not (alone or hostile or long or peers or slow)" $(PYTEST_ARGS)
+
+test-all: test ## Run everything: first `make test`, then the long ones, which protect a second time
+	@$(PYTEST) -m long $(PYTEST_ARGS)
 
 test-hostile: $(VENV)/.test-ready ## Run the tests under real memory limits only
 	@$(PY) -m pytest -m hostile $(PYTEST_ARGS)
 
 test-lowest: $(VENV)-lowest/.ready ## Run the tests on the oldest supported versions (several GB on Linux: see CONTRIBUTING.md)
-	@$(VENV)-lowest/bin/python -m pytest -p no:cacheprovider -m "not hostile" --ignore=tests/contracts $(PYTEST_ARGS)
+	@$(VENV)-lowest/bin/python -m pytest -p no:cacheprovider -o filterwarnings=default -m "not hostile" \
+	  --ignore=tests/contracts $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-ready ## Check style, types and the import contracts
 	$(PY) -m ruff check .

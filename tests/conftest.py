@@ -1,6 +1,7 @@
 """What every test may rely on: no hub, no user's cache, the packaged models, and markers by folder.
 
 Fixtures: ``minilm`` and ``demo_reranker`` (folders of real models), ``passages`` (real texts of varied length).
+With ``-n`` (pytest-xdist) tests run side by side, except those marked ``alone``.
 """
 
 from __future__ import annotations
@@ -13,9 +14,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.marks import COLLECTED, marks_of
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # Set before anything imports transformers or a framework; subprocesses inherit it.
 _CACHE = tempfile.mkdtemp(prefix="memsafe-tests-")
@@ -25,14 +34,25 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["LANGSMITH_TRACING"] = "false"
 
+_ROOM = os.environ.setdefault("MEMSAFE_TESTS_ROOM", os.path.join(_CACHE, "room"))  # one for all workers of a run
 _HERE = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything under tests/hostile is hostile; tests marked gpu are skipped where there is no CUDA device."""
-    for item in items:
-        if _HERE / "hostile" in item.path.parents:
-            item.add_marker(pytest.mark.hostile)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a worker per core that this process may use, as far as each can have 3 GiB."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return max(min(cores, memory // (3 << 30)), 1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Markers by name (marks.py) and by folder; tests marked gpu are skipped where there is no CUDA device."""
+    names = [(item.path.relative_to(_HERE).as_posix(), item.name) for item in items]
+    config.stash[COLLECTED] = names
+    for item, (file, name) in zip(items, names, strict=True):
+        for marker in marks_of(file, name):
+            item.add_marker(marker)
         if item.get_closest_marker("gpu") and not _cuda():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
 
@@ -65,20 +85,36 @@ class _Watchdog:
 _watchdog = _Watchdog()
 
 
-@pytest.hookimpl(wrapper=True)
+@contextmanager
+def _room(alone: bool) -> Iterator[None]:
+    """Among the workers of a run: many tests at a time, or one that is alone. Whoever waits for the room holds the door, so
+    that others do not slip in before. The kernel frees both when a worker dies."""
+    if fcntl is None or "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    with open(f"{_ROOM}.door", "w") as door, open(f"{_ROOM}.inside", "w") as inside:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(inside, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:  # said, since a forked child may hold the file open
+            fcntl.flock(inside, fcntl.LOCK_UN)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # the time that a test waits for its turn is not its own
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
     marker = item.get_closest_marker("timeout")
     limit_s = float(marker.args[0] if marker and marker.args else item.config.getini("timeout"))
-    _watchdog.test, _watchdog.deadline = item.nodeid, time.monotonic() + limit_s + _watchdog.grace_s
-    try:
-        return (yield)  # type: ignore[misc]
-    finally:
-        _watchdog.deadline = float("inf")
+    with _room(alone=item.get_closest_marker("alone") is not None):
+        _watchdog.test, _watchdog.deadline = item.nodeid, time.monotonic() + limit_s + _watchdog.grace_s
+        try:
+            return (yield)  # type: ignore[misc]
+        finally:
+            _watchdog.deadline = float("inf")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _remove_cache() -> Iterator[None]:
-    yield
+def pytest_unconfigure() -> None:
     if "memsafe.engine.reaper" in sys.modules:  # what the tests have dropped is closed before the interpreter goes
         sys.modules["memsafe.engine.reaper"].settle(60)
     shutil.rmtree(_CACHE, ignore_errors=True)

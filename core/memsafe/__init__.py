@@ -1,4 +1,17 @@
-"""Embedding and reranking inside the memory that is really there. Importing this imports neither torch nor numpy."""
+"""Embedding and reranking inside the memory that is really there.
+
+    from memsafe import Embedder, MemoryPolicy, Reranker
+
+    embedder = Embedder("BAAI/bge-m3")                # a hub id, a local folder, or a loaded SentenceTransformer
+    rows = embedder.embed_documents(texts)            # float32, shape (len(texts), dim), in the order of the texts
+    run = embedder.run(texts)                         # run.embeddings, and run.report: bytes, tokens, seconds
+
+    reranker = Reranker("BAAI/bge-reranker-v2-m3", memory=MemoryPolicy(limit="6GiB"))
+    best = reranker.rerank("a question", texts, top_n=3)
+
+Start with help(memsafe.Embedder), help(memsafe.Reranker) and help(memsafe.MemoryPolicy); every error is a MemsafeError that
+names its remedy. Importing this imports neither torch nor numpy.
+"""
 
 from __future__ import annotations
 

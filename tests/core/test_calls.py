@@ -17,12 +17,9 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from memsafe import ConfigError, Embedder, MemoryPolicy, Reranker
-from tests.tiny_models import save_embedder
+from tests.tiny_models import save_embedder, st_modules
 
-try:
-    from sentence_transformers.sentence_transformer import modules as st_models
-except ImportError:  # before sentence-transformers 6
-    from sentence_transformers import models as st_models
+st_models = st_modules()
 
 WAYS = [copy.copy, copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))]
 

@@ -40,12 +40,13 @@ def close(ours: Any, theirs: Any, atol: float = 1e-5) -> None:
 
 def test_real_model_on_real_texts(embedder: Embedder, reference: SentenceTransformer, passages: list[str]) -> None:
     """A real model on real passages: SentenceTransformer.encode's numbers to 1e-5, float32, in the caller's order."""
+    some = passages[::2]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run = embedder.run(passages)
+        run = embedder.run(some)
     assert run.embeddings.dtype == np.float32
-    close(run.embeddings, reference.encode(passages))
-    assert run.report.texts == len(passages)
+    close(run.embeddings, reference.encode(some))
+    assert run.report.texts == len(some)
     assert embedder.path == "packed" if PACKS_BERT else embedder.path.startswith("padded (")
     assert (run.report.padding_ratio == 0.0) == PACKS_BERT
 
@@ -89,6 +90,7 @@ def test_every_architecture(tmp_path: Path, architecture: str) -> None:
         close(ours.run(TEXTS, prompt="").embeddings, reference.encode(TEXTS, prompt=""))
 
 
+@pytest.mark.filterwarnings("ignore:The `pooling_mode_:FutureWarning")  # the names that version 5 knows
 def test_two_poolings_and_a_dense_layer(tmp_path: Path) -> None:
     """Modules of any number and kind after the transformer run unchanged: two poolings side by side, dense, normalise."""
     reference = SentenceTransformer(str(models.save_embedder(tmp_path, "xlm_roberta", dense_dim=24)), device="cpu")
@@ -127,7 +129,7 @@ def test_normalize_and_truncate(embedder: Embedder, reference: SentenceTransform
 @pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
 def test_precision(embedder: Embedder, reference: SentenceTransformer, precision: Any, passages: list[str]) -> None:
     """precision quantises as encode's does (int8 codes may differ by one where float32 rounding differs)."""
-    texts = [p[:200] for p in passages[:150]]
+    texts = [p[:80] for p in passages[:120]]  # int8 takes its ranges from 100 texts or more
     ours, theirs = embedder.run(texts, precision=precision).embeddings, reference.encode(texts, precision=precision)
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
     if "binary" in precision:

@@ -16,9 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("program_trials.py")
 
 
-@pytest.mark.parametrize(
-    ("first", "count"), [(0, 40), pytest.param(40, 160, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
-)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("first", "count"), [(0, 40), (40, 160)])
 def test_random_jobs_finish_or_raise_the_right_error(first: int, count: int, long_context: Path) -> None:
     """Random (limit, lengths, counts, policy, callers) from a seed, 40 to 360 MiB above what the process takes: every one
     finishes or raises the right error; no kill, no lost or swapped row, and every row as in a batch of one."""

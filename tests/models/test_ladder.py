@@ -169,6 +169,7 @@ def test_half_is_offered_only_where_it_is_native(tmp_path: Path, monkeypatch: py
     assert not loaded(folder).can("cpu")  # it is there already
 
 
+@pytest.mark.filterwarnings("ignore:cpu has no native float16")
 def test_a_host_copy_is_float32_and_apart(tmp_path: Path) -> None:
     """The copy has the model's numbers in float32, shares no memory with it, and leaves its dtype alone."""
     model = loaded(save_embedder(tmp_path, "bert", dtype=torch.float16), dtype="float16")
@@ -179,6 +180,7 @@ def test_a_host_copy_is_float32_and_apart(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs.float())
 
 
+@pytest.mark.filterwarnings("ignore:cpu has no native float16")
 def test_a_copy_on_the_cpu_is_not_made_without_room_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel would kill the process: too little main memory is a MemoryError before anything is copied."""
     model = loaded(save_embedder(tmp_path, "bert", dtype=torch.float16), dtype="float16")
@@ -215,6 +217,7 @@ def overflowing(folder: Path) -> Path:
     return save_embedder(folder, "bert", model=model)
 
 
+@pytest.mark.filterwarnings("ignore:cpu has no native float16")
 def test_float16_rows_that_overflow_are_computed_again(tmp_path: Path) -> None:
     """A half-precision model doctored to overflow on one word: exactly the texts with it are redone in float32, with a
     warning, an event and a count, and their numbers are the float32 model's; calls before and after are not disturbed."""

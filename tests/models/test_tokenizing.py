@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from sentence_transformers import models as st_models
 from transformers import GPT2Config, GPT2Model
 
 from memsafe import ConfigError, Embedder, InputError, Reranker

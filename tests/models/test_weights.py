@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from memsafe import Embedder, MemoryPolicy, ModelError, ModelTooLargeError
+from memsafe import Embedder, MemoryPolicy, ModelError, ModelNotFoundError, ModelTooLargeError
 from memsafe.config import GiB, MiB
+from memsafe.machine.device import CpuDevice
 from memsafe.models import weights
-from memsafe.models.weights import check_fits, inspect
+from memsafe.models.weights import check_fits, check_hub, inspect
 
 
 def safetensors(file: Path, tensors: dict[str, tuple[str, list[int]]], *, sparse: bool = True) -> None:
@@ -254,3 +257,63 @@ def test_the_revision_changes_with_the_files(embedder_folder: Path) -> None:
 def test_a_hub_id_that_is_not_on_this_machine_is_unknown() -> None:
     """Nothing can be read yet: None, and no download."""
     assert weights.inspect("nobody/no-such-model-3b1c", kind="embedding") is None
+
+
+def test_a_dtype_that_the_hardware_emulates_is_said(embedder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 on a CPU without it works, many times slower than float32: one warning says so."""
+    monkeypatch.setattr(CpuDevice, "supports", lambda self, dtype: dtype == "float32")
+    with pytest.warns(UserWarning, match="cpu has no native float16; it will be emulated") as said:
+        Embedder(str(embedder_folder), device="cpu", dtype="float16").close()
+    assert len(said) == 1
+
+
+# A hub that may not be there
+
+
+def test_offline_and_not_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A hub id that is not on this machine, HF_HUB_OFFLINE set: at once the error that names the remedies; nothing is tried."""
+    import sentence_transformers
+
+    def build(*args: Any, **options: Any) -> None:
+        pytest.fail("loading was tried")
+
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", build)
+    with pytest.raises(ModelNotFoundError, match=r"local folder.*HF_HUB_OFFLINE") as caught:
+        Embedder("some-org/not-here", device="cpu", cache_folder=str(tmp_path))
+    assert "some-org/not-here" in str(caught.value)
+
+
+@pytest.mark.timeout(30)
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network: one refused connection, not minutes of retries, and the same remedies."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9"
+    )  # the port that discards; nobody listens
+    with pytest.raises(ModelNotFoundError, match=r"cannot be asked.*local folder.*HF_HUB_OFFLINE"):
+        check_hub("some-org/not-here")
+    check_hub("all-MiniLM-L6-v2")  # a name of sentence-transformers' own, which may be in the cache under another
+
+
+@pytest.mark.parametrize("status", [200, 401, 404, 500])
+def test_a_hub_that_answers_is_left_to_loading(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    """Gated, unknown or failing: what the loader makes of it is more exact than what one question shows."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b'{"id": "some-org/some"}' if status == 200 else b"")
+
+        def log_message(self, *_: Any) -> None:
+            return
+
+    asked: list[str] = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        check_hub("some-org/some", revision="main")
+        server.shutdown()
+    assert asked == ["/api/models/some-org/some/revision/main"]

@@ -16,7 +16,7 @@ from typing import Any
 from memsafe.config import format_bytes
 from memsafe.errors import ModelError, ModelNotFoundError, ModelTooLargeError
 
-__all__ = ["Checkpoint", "check_fits", "inspect"]
+__all__ = ["Checkpoint", "check_fits", "check_hub", "inspect"]
 
 # Bits of a safetensors dtype: https://github.com/huggingface/safetensors#format
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
@@ -32,6 +32,8 @@ _PREPROCESSING = (
     "*processor_config.json",
     "*.tiktoken",
 )
+_HUB_WAIT_S = 10.0
+"""How long the hub's first answer may take, which is huggingface_hub's own time for it."""
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -120,6 +122,30 @@ def _tell_other_kind(model: str, kind: str) -> None:
     else:
         what = "an embedding model; CrossEncoder puts a new head on it, whose scores are random until it is trained"
     warnings.warn(f"model: {model} was saved as {what}", stacklevel=5)
+
+
+def check_hub(model: str, *, revision: str | None = None, cache_folder: str | None = None, token: Any = None) -> None:
+    """Raise :class:`ModelNotFoundError` if nothing of `model` is here and the hub, from which it must come, cannot be asked:
+    with one question, where loading would repeat it for minutes. Whatever it answers is left to loading."""
+    if "/" not in model or Path(model).expanduser().exists():  # sentence-transformers has names of its own
+        return
+    if _from_cache(model, revision, cache_folder) is not None:  # upstream may need no more, or says what it lacks
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(model, revision=revision, token=token, timeout=_HUB_WAIT_S)
+    except Exception as error:
+        # No answer: requests' errors and the hub's own are OSErrors, httpx's (huggingface_hub 1) are not.
+        silent = getattr(error, "response", None) is None
+        if not silent or not (isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "httpcore"))):
+            return
+        reason = " ".join(str(error).split())[:200]
+        raise ModelNotFoundError(
+            f"model: {model!r} is neither a folder nor in this machine's cache of the hub, and the hub cannot be asked "
+            f"({type(error).__name__}: {reason}); give a local folder, or fill the cache where there is a network ("
+            f"hf download {model}; HF_HOME says where it lies) and set HF_HUB_OFFLINE=1"
+        ) from error
 
 
 def check_fits(checkpoint: Checkpoint, dtype: str | None, room_bytes: int, device: str) -> None:
