@@ -77,7 +77,7 @@ SLOW = {
     "core/test_reranker.py::test_async",
     "core/test_reranker.py::test_every_architecture",
     "core/test_reranker.py::test_real_model",
-    "engine/test_executor.py::test_nothing_predicted_above_the_budget_is_ever_started",
+    "engine/test_runner.py::test_nothing_predicted_above_the_budget_is_ever_started",
     "langchain/test_async.py::test_cancelling",
     "langchain/test_async.py::test_loop_stays_free",
     "langchain/test_async.py::test_loop_stays_free_while_reranking",
@@ -168,6 +168,7 @@ SLOW = {
     "models/test_selfcheck.py::test_the_real_model_passes",
     "models/test_weights.py::test_running_out_while_loading_is_the_same_error",
     "models/test_weights.py::test_the_real_model_needs_what_it_is_said_to",
+    "planning/test_simulated.py::test_sizes_are_within_the_targets_on_every_curve_and_mix",
     "planning/test_cost.py::test_a_measurement_above_its_bound_raises_the_bound_at_once",
     "service/test_service.py::test_llama_index_embeds_through_the_service",
     "service/test_service.py::test_llama_index_reranks_through_the_service",
@@ -203,6 +204,7 @@ protect a second time: where the cases differ in what takes another branch of ou
 
 TWICE = {
     "concurrency/test_load.py::test_mixed_traffic_for_seconds": "concurrency/test_sharing.py::test_different_lengths_under_threads",
+    "planning/test_simulated.py::test_sizes_are_within_the_targets_for_twenty_seeds": "planning/test_simulated.py::test_sizes_are_within_the_targets_on_every_curve_and_mix",
     "langchain/test_state.py::test_worker_process": "langchain/test_state.py::test_forked_child_loads_its_own",
 }
 """Long tests, each with the test in `make test` that keeps its promise."""

@@ -130,7 +130,7 @@ class Model:
 
     @property
     def path(self) -> str:
-        """How micro-batches run: ``"packed"``, or ``"padded (why)"``."""
+        """How micro-batches run: ``"packed"``, ``"padded (why)"``, ``"one input at a time (why)"``, or ``"the model's own ... (why)"``."""
         return self._engine.model.path
 
     def close(self) -> None:

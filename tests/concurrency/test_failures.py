@@ -371,13 +371,14 @@ def test_garbage_collection_under_any_lock_closes_what_was_dropped() -> None:
     device = SimulatedDevice("1GiB")
     with SimulatedEmbedder(device, memory=SMALL) as other:
         engine, taken = other._engine, device.snapshot().allocated_bytes
+        way = engine.way(None, {})
         dropped = [SimulatedEmbedder(device, memory=SMALL)]
         dropped[0].embed_documents(texts(3))
 
         def collect() -> Any:
             with engine.backlog.lock:
-                job = engine.start(1, prompt=None, urgent=False, max_rows=None)
-                engine.feed(job, ["wakes a lane"], None)
+                job = engine.start(1, way=way, urgent=False, max_rows=None)
+                engine.feed(job, ["wakes a lane"], way)
                 time.sleep(0.2)  # by now a lane waits for this queue, or looks at the device
                 dropped.clear()
             return job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 
 from memsafe import MemoryPolicy
 from memsafe.config import FALLBACKS, MiB
-from memsafe.events import MicroBatchDone, OutOfMemory
+from memsafe.events import BudgetChanged, CacheReleased, MicroBatchDone, OutOfMemory
+from memsafe.machine.heap import heap
+from memsafe.planning.cost import CostModel
 from memsafe.testing import SimulatedDevice
 from tests.engine.helpers import Bench, lone, reference, texts_of
 
@@ -170,3 +173,85 @@ def test_a_redo_without_memory_is_recovered_like_any_other() -> None:
         rows = bench.run(texts)
     assert np.isfinite(rows).all()
     assert bench.forwards == [(8, "done"), (8, "done"), (4, "done"), (4, "done")]
+
+
+# -- sizes, lanes, memory ------------------------------------------------------------------------------------------
+
+
+def test_the_first_micro_batches_grow_and_are_within_the_budget() -> None:
+    """Nothing is known at first: micro-batches start small, at most double, and none is above what is free."""
+    bench = Bench("300MiB", tokens=None, per_token_bytes=64 << 10)
+    bench.backlog.queues.announce("more", 1)  # as if more were to come: this is no short run
+    rows = bench.run(texts_of(2000, 16))
+    tokens = [forward.tokens for forward in bench.device.forwards]
+    assert tokens[0] == 256
+    assert all(later <= 2.1 * max(tokens[: place + 1]) for place, later in enumerate(tokens[1:]))
+    assert {forward.outcome for forward in bench.device.forwards} == {"done"}
+    assert all(forward.asked_bytes <= forward.room_bytes for forward in bench.device.forwards)
+    assert np.isfinite(rows).all()
+
+
+def test_what_is_learnt_is_remembered_by_the_lane_that_learnt_it() -> None:
+    """The first sizes of an unknown model are kept for another day; what is known is not written again."""
+    bench = Bench()
+    bench.run(texts_of(8))
+    assert len(bench.remembered) == 1 and CostModel.from_json(bench.remembered[0]).num_observations == 1
+    bench.run(texts_of(8))
+    assert len(bench.remembered) == 1
+
+
+def test_the_heap_is_tightened_and_trimmed_by_whoever_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU that is short of memory: the heap is set, the cache released, the report says how much; rows are equal."""
+    device = SimulatedDevice("1GiB", kind="cpu")
+    bench = Bench(device=device, memory=MemoryPolicy(wait_s=0, reserve=0, learn=False), known=True)
+    done: list[str] = []
+    monkeypatch.setattr(heap, "exact", False)
+    monkeypatch.setattr(heap, "tighten", lambda: done.append("tighten") or setattr(heap, "exact", True))
+    monkeypatch.setattr(heap, "loosen", lambda: done.append("loosen") or setattr(heap, "exact", False))
+    release = device.release
+    monkeypatch.setattr(device, "release", lambda: done.append("release") or release())
+    bench.run(texts_of(8))
+    device.release()
+    done.clear()
+    device.fragment("70MiB")
+    device.take("949MiB")  # 75 MiB are left, in the cache nearly all
+    job = bench.job(texts_of(64))
+    bench.drain()
+    assert done[:2] == ["tighten", "release"] and done.count("release") == 1
+    assert job.report.build().released_bytes == 70 * MiB
+    assert [event.reason for event in bench.told(CacheReleased)] == ["pressure"]
+    assert np.array_equal(job.result(0), reference(texts_of(64)))
+
+
+def test_a_budget_that_grows_back_is_told() -> None:
+    """Growth is decided by planning, and reaches hooks and the report of the calls at work."""
+    bench = Bench(known=True)
+    bench.device.refuse(2)
+    job = bench.job(texts_of(120))
+    bench.drain()
+    report = job.report.build()
+    grown = [event for event in bench.told(BudgetChanged) if event.reason == "grow"]
+    assert report.grows == len(grown) >= 2 and report.shrinks == 1
+
+
+def test_a_single_input_that_fails_beside_others_has_the_device_for_itself() -> None:
+    """Two lanes: the one whose input fails waits for the other to end, tries again alone, and needs no fallback."""
+    policy = MemoryPolicy(wait_s=30, reserve=0, learn=False)
+    bench = Bench("150MiB", policy, known=True, tokens=100)
+    one, other = bench.job(texts_of(1, 70)), bench.job(texts_of(1, 60))
+    first, second = bench.lanes.choose(), bench.lanes.choose()
+    assert first is not None and second is not None
+    bench.device.refuse(2)
+    failing = threading.Thread(target=bench.lanes.perform, args=(first,))
+    failing.start()
+    failing.join(0.2)
+    assert failing.is_alive()  # it waits, and nothing new starts
+    bench.job(texts_of(1, 9))
+    assert bench.lanes.choose() is None
+    bench.lanes.perform(second)
+    failing.join(10)
+    assert not failing.is_alive()
+    assert one.report.build().fallbacks == {} and one.report.build().out_of_memory == 2
+    assert np.array_equal(one.result(0), reference(texts_of(1, 70)))
+    assert np.array_equal(other.result(0), reference(texts_of(1, 60)))
+    assert bench.lanes.choose() is not None

@@ -13,6 +13,7 @@ from memsafe.config import FALLBACKS, MemoryPolicy
 from memsafe.planning.batch import BatchShape, MicroBatch, TokenizedInput
 from memsafe.planning.recovery import (
     Action,
+    Clear,
     Failure,
     FallBack,
     GiveUp,
@@ -22,6 +23,8 @@ from memsafe.planning.recovery import (
     ShrinkBudget,
     Split,
     Wait,
+    Work,
+    follow,
 )
 
 RELEASE, RETRY, SHRINK, SPLIT = ReleaseCache(), Retry(), ShrinkBudget(), Split()
@@ -174,6 +177,40 @@ def test_one_input_always_comes_to_an_end(
     rungs = [action.rung for action in actions if isinstance(action, FallBack)]
     assert len(rungs) == len(set(rungs))
     assert set(rungs) <= fallback - impossible
+
+
+# ---------------------------------------------------------------- what follows from a decision
+
+
+def work(rows: int = 1, **options: object) -> Work:
+    items = tuple(TokenizedInput(index, None, num_tokens=10) for index in range(rows))
+    return Work(MicroBatch(items, packed=True), 100, 200, **options)  # type: ignore[arg-type]
+
+
+def test_following_a_decision_says_what_runs_next() -> None:
+    """Each last action, and what becomes of the work: the same again, two halves, another way, or nothing."""
+    one = work(failures=2, rungs=("chunk",), used=("chunk",), waited_s=0.5)
+    (again,) = follow(one, (RELEASE, RETRY))
+    assert vars(again) == {**vars(one), "via": "retry"}
+    (waited,) = follow(one, (Wait(0.25), RELEASE, RETRY))
+    assert (waited.waited_s, waited.via) == (0.75, "retry")
+    (cleared,) = follow(one, (Clear(3.0),))
+    assert cleared.cleared and cleared.via == "" and cleared.waited_s == 0.5
+    (fallen,) = follow(one, (RELEASE, FallBack("cpu")))
+    assert (fallen.rung, fallen.rungs, fallen.used, fallen.via) == ("cpu", ("chunk", "cpu"), ("chunk",), "cpu")
+    left, right = follow(work(8, failures=2), (ShrinkBudget(50), SPLIT))
+    assert [item.index for half in (left, right) for item in half.batch.items] == list(range(8))
+    assert (left.failures, left.bound_bytes, left.rungs) == (0, 0, ())
+    assert follow(one, (GiveUp("no"),)) == ()
+
+
+def test_what_was_never_started_is_looked_at_once_more() -> None:
+    """A prediction is no proof: before it is given up it is looked at again, as it was asked for; once."""
+    refused = work(refused=True, rung="cpu", rungs=("cpu",))
+    (again,) = follow(refused, (GiveUp("no"),))
+    assert (again.reprieved, again.rung, again.refused) == (True, None, True)
+    assert follow(again, (GiveUp("no"),)) == ()
+    assert follow(work(failures=3), (GiveUp("no"),)) == ()
 
 
 # ------------------------------------------------- a fake device that carries the decisions out

@@ -55,7 +55,6 @@ def test_sizes_are_within_the_targets_on_every_curve_and_mix() -> None:
     check(rows_of(CHEAP, [0]))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_sizes_are_within_the_targets_for_twenty_seeds() -> None:
     """The same for twenty seeds, and for curves of models that take short texts only, which need many, for two."""

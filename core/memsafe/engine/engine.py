@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from memsafe.config import MemoryPolicy, cache_dir
@@ -84,11 +85,11 @@ class Engine:
         budget = self._budget(device, baseline)
         given = spec.model if not isinstance(spec.model, str) else None
         if given is not None:
-            # a loaded model stays where it is; further devices get copies
-            model = given if position == 0 else copy.deepcopy(given)
-            if position == 0 and str(model.device) == device.name:
-                baseline -= sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-            spec = ModelSpec(**{**vars(spec), "model": model.to(device.name)})
+            # a loaded model stays as it is, and where it is; other devices get copies
+            if position == 0 and str(given.device) == device.name:
+                baseline -= sum(t.numel() * t.element_size() for t in (*given.parameters(), *given.buffers()))
+            else:
+                spec = replace(spec, model=copy.deepcopy(given).to(device.name))
         self.models.append(load(spec, device, self.policy, budget.headroom_bytes(before)))
         self._baselines.append(max(baseline, 0))
 

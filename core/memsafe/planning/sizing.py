@@ -118,6 +118,8 @@ class Sizing:
         tokens, trial = self._next(pending.lengths)
         if trial and (capped or pending.starved or self._too_many(tokens, pending)):
             tokens, trial = min(tokens, self._known()), False
+        if not trial:  # smaller ones were only ever measured because no more was waiting
+            tokens = max(tokens, self._traits.start_tokens)
         if trial and pending.room_tokens < tokens <= pending.tokens:
             self._tries[size_class(tokens)] += 1  # the budget does not let it happen
         trial = trial and tokens <= min(pending.tokens, pending.room_tokens)

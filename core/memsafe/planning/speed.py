@@ -235,7 +235,7 @@ class SpeedCurve:
                 self._tables.clear()
             least, most = self.points[0].tokens, beyond * self.points[-1].tokens
             steps = math.ceil(4 * math.log2(most / least))
-            sizes = np.rint(least * np.exp2(np.arange(steps + 1) / 4)).astype(np.int64)
+            sizes = np.minimum(np.rint(least * np.exp2(np.arange(steps + 1) / 4)), most).astype(np.int64)
             self._tables[key] = sizes, self._run_seconds(sizes, lengths)
         return self._tables[key]
 
