@@ -172,16 +172,15 @@ def outcome(name: str, kind: str, *, token_types: bool, left: bool) -> Outcome |
 
 def _load(folder: Path, kind: str, model: PreTrainedModel, *, token_types: bool, left: bool) -> tuple[Any, Any]:
     from sentence_transformers import CrossEncoder, SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
 
     model.save_pretrained(folder)
     models.save_tokenizer(folder, max_length=64, padding_side="left" if left else "right", token_types=token_types)
     if kind == "reranker":
         theirs: Any = CrossEncoder(str(folder), device="cpu")
     else:
-        transformer = Transformer(str(folder))
+        transformer = models.st_modules().Transformer(str(folder))
         theirs = SentenceTransformer(
-            modules=[transformer, Pooling(model.config.get_text_config().hidden_size)], device="cpu"
+            modules=[transformer, models.st_modules().Pooling(model.config.get_text_config().hidden_size)], device="cpu"
         )
     return theirs, models.loaded(theirs)
 

@@ -293,17 +293,22 @@ def save_reranker(
     return folder
 
 
+def st_modules() -> Any:
+    """Where sentence-transformers has its modules (Pooling, Transformer, Router, ...)."""
+    try:
+        from sentence_transformers.sentence_transformer import modules
+    except ImportError:  # before sentence-transformers 6
+        from sentence_transformers import models as modules
+    return modules
+
+
 def save_routed(folder: Path) -> Path:
     """Write a SentenceTransformer with one route for queries and one for documents, and return its folder."""
     from sentence_transformers import SentenceTransformer
 
-    try:
-        from sentence_transformers.sentence_transformer.modules import Router
-    except ImportError:  # before sentence-transformers 6
-        from sentence_transformers.models import Router
     parts = [
         SentenceTransformer(str(save_embedder(folder / f"part{seed}", seed=seed)), device="cpu") for seed in (1, 2)
     ]
-    router = Router.for_query_document(*(list(part.children()) for part in parts))
+    router = st_modules().Router.for_query_document(*(list(part.children()) for part in parts))
     SentenceTransformer(modules=[router], device="cpu").save(str(folder / "routed"))
     return folder / "routed"

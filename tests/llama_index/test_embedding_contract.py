@@ -482,14 +482,13 @@ def test_a_bad_text_in_a_later_group_ends_the_first(ours: MemsafeEmbedding) -> N
 def test_a_model_without_a_limit(tmp_path: Any) -> None:
     """Difference: a model that takes any length has max_length None (upstream: a validation error)."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import StaticEmbedding
     from tokenizers import Tokenizer
 
-    from tests.tiny_models import minilm_folder
+    from tests.tiny_models import minilm_folder, st_modules
 
     tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
     folder = str(tmp_path / "static")
-    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu").save(folder)
+    SentenceTransformer(modules=[st_modules().StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu").save(folder)
     model = MemsafeEmbedding(folder, device="cpu")
     assert model.max_length is None
     assert np.allclose(model.get_text_embedding("a river"), model._model.encode("a river", normalize_embeddings=True))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from memsafe import Embedder, Reranker
 from memsafe.models.private import length_switch
+from memsafe.models.probes import BARE
 from tests import tiny_models as models
 from tests.tiny_models import own_rows
 
@@ -150,7 +151,7 @@ def test_frequencies_that_depend_on_the_longest_position(tmp_path: Path, kind: s
 def test_a_switch_that_no_input_reaches_costs_nothing(tmp_path: Path) -> None:
     """Where inputs are cut before the switch, nothing needs to run alone."""
     loaded = models.loaded(with_rope(tmp_path, "dynamic", max_length=16))
-    assert loaded.routes.limit is None and loaded.packed
+    assert loaded.routes.company(["word " * 100, "a"], BARE) == [True, True] and loaded.packed
 
 
 class Remembers(nn.Module):

@@ -223,7 +223,7 @@ def test_memory_errors_pass_through(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_model_without_an_encoder_has_a_reason() -> None:
     """What has no transformers model inside is not packed, says so, and gives its own rows."""
-    static = pytest.importorskip("sentence_transformers.models").StaticEmbedding
+    static = models.st_modules().StaticEmbedding
     tokenizer = Tokenizer.from_file(str(models.minilm_folder() / "tokenizer.json"))
     model = SentenceTransformer(modules=[static(tokenizer, embedding_dim=8)], device="cpu")
     check = checked(model)

@@ -44,7 +44,12 @@ def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int)
     chosen = model_kwargs.get("dtype", model_kwargs.get("torch_dtype"))
     target = str(chosen).removeprefix("torch.") if chosen not in (None, "auto") else _default_dtype(chosen)
     if checkpoint is None:
-        weights.check_hub(spec.model, revision=known["revision"], token=options.get("token"))
+        weights.check_hub(
+            spec.model,
+            revision=known["revision"],
+            cache_folder=known["cache_folder"],
+            token=options.get("token"),
+        )
     if checkpoint is not None:
         weights.check_fits(checkpoint, target, room_bytes, device.name)
         if device.kind != "cpu":  # they pass through main memory, where nobody would say that it does not suffice

@@ -116,10 +116,20 @@ def inspect(
     return checkpoint
 
 
-def check_hub(model: str, *, revision: str | None = None, token: Any = None) -> None:
-    """Raise :class:`ModelNotFoundError` if the hub, from which `model` must come, cannot be asked: with one question, where
-    loading would repeat it for minutes. Whatever it answers is left to loading."""
-    if "/" not in model:  # sentence-transformers has names of its own
+def _tell_other_kind(model: str, kind: str) -> None:
+    if kind == "embedding":
+        what = "a cross-encoder; SentenceTransformer takes its encoder and averages hidden states that nobody trained for it"
+    else:
+        what = "an embedding model; CrossEncoder puts a new head on it, whose scores are random until it is trained"
+    warnings.warn(f"model: {model} was saved as {what}", stacklevel=5)
+
+
+def check_hub(model: str, *, revision: str | None = None, cache_folder: str | None = None, token: Any = None) -> None:
+    """Raise :class:`ModelNotFoundError` if nothing of `model` is here and the hub, from which it must come, cannot be asked:
+    with one question, where loading would repeat it for minutes. Whatever it answers is left to loading."""
+    if "/" not in model or Path(model).expanduser().exists():  # sentence-transformers has names of its own
+        return
+    if _from_cache(model, revision, cache_folder) is not None:  # upstream may need no more, or says what it lacks
         return
     from huggingface_hub import HfApi
 
@@ -136,14 +146,6 @@ def check_hub(model: str, *, revision: str | None = None, token: Any = None) -> 
             f"({type(error).__name__}: {reason}); give a local folder, or fill the cache where there is a network ("
             f"hf download {model}; HF_HOME says where it lies) and set HF_HUB_OFFLINE=1"
         ) from error
-
-
-def _tell_other_kind(model: str, kind: str) -> None:
-    if kind == "embedding":
-        what = "a cross-encoder; SentenceTransformer takes its encoder and averages hidden states that nobody trained for it"
-    else:
-        what = "an embedding model; CrossEncoder puts a new head on it, whose scores are random until it is trained"
-    warnings.warn(f"model: {model} was saved as {what}", stacklevel=5)
 
 
 def check_fits(checkpoint: Checkpoint, dtype: str | None, room_bytes: int, device: str) -> None:
