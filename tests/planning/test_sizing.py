@@ -101,13 +101,26 @@ def test_small_work_before_anything_is_known_is_one_micro_batch() -> None:
 
 
 def test_a_cap_on_rows_and_an_idle_device_are_no_time_to_try() -> None:
-    """Neither says anything about sizes: what is known is used."""
+    """Neither says anything about sizes: what is known is used. Small sizes cost too little to be held back."""
     for options, capped in ((Pending(1 << 30, starved=True), False), (PLENTY, True)):
         sizing = Sizing(CUDA)
-        sizing.observe(Sample(256, 0.01, 0.01))
+        sizing.observe(Sample(1024, 0.01, 0.01))
         size = sizing.propose(options, capped=capped)
-        assert size is not None and not size.trial
-    assert sizing.propose(PLENTY) != size
+        assert size is not None and not size.trial and size.tokens == 1024
+        assert sizing.propose(PLENTY) == Size(2048, True)
+    small = Sizing(CUDA)
+    small.observe(Sample(256, 0.01, 0.01))
+    assert small.propose(Pending(1 << 30, starved=True)) == Size(512, True)
+
+
+def test_questions_that_wait_together_are_never_cut_in_two() -> None:
+    """Up to 1,024 tokens: whatever size is known, all that waits is one micro-batch where launching is the limit, and none of it
+    is taken from the middle to try a size. A CPU goes by its own sizes."""
+    sizing = Sizing(CUDA)
+    for tokens in (342, 294):
+        sizing.observe(Sample(tokens, 0.013, 0.013))
+    for waiting in (10, 354, 700, 1024):
+        assert sizing.propose(Pending(waiting)) == Size(waiting)
 
 
 def test_while_launching_is_the_limit_the_next_trial_waits_for_the_last() -> None:
