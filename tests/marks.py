@@ -204,6 +204,7 @@ protect a second time: where the cases differ in what takes another branch of ou
 
 TWICE = {
     "concurrency/test_load.py::test_mixed_traffic_for_seconds": "concurrency/test_sharing.py::test_different_lengths_under_threads",
+    "models/test_architectures.py::test_rows_of_every_architecture": "models/test_architectures.py::test_rows_of_a_few_architectures",
     "planning/test_simulated.py::test_sizes_are_within_the_targets_for_twenty_seeds": "planning/test_simulated.py::test_sizes_are_within_the_targets_on_every_curve_and_mix",
     "langchain/test_state.py::test_worker_process": "langchain/test_state.py::test_forked_child_loads_its_own",
 }

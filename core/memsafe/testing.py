@@ -158,7 +158,7 @@ class SimulatedDevice(Device):
         with self._lock:
             cached = self._reserved - self._allocated - self._unusable
             grown = max(num_bytes - cached, 0)
-            if self._refusals or grown > self._free_bytes():
+            if num_bytes and (self._refusals or grown > self._free_bytes()):  # the CPU's rung asks for nothing here
                 self._refusals = max(self._refusals - 1, 0)
                 raise self._out_of_memory(num_bytes)
             self._allocated += num_bytes

@@ -124,8 +124,9 @@ class Storm:
 
     def cancelled(self, model: Any, texts: list[str]) -> None:
         engine = model._engine
-        job = engine.start(len(texts), prompt=None, urgent=False, max_rows=None)
-        engine.feed(job, texts, None)
+        way = engine.way(None, {})
+        job = engine.start(len(texts), way=way, urgent=False, max_rows=None)
+        engine.feed(job, texts, way)
         job.cancel()
         with suppress(CancelledError):
             job.result(PATIENCE_S)

@@ -142,10 +142,11 @@ def test_nothing(reranker: Reranker) -> None:
     assert reranker.rerank(QUERY, []) == []
 
 
-def test_an_embedding_model_is_refused(minilm: str) -> None:
-    """An embedding model would get a random head and rank at random: it is refused, with the way out."""
-    with pytest.raises(ModelError, match="Embedder"):
-        Reranker(minilm)
+def test_an_embedding_model(minilm: str) -> None:
+    """A folder of an embedding model loads as CrossEncoder loads it, with a random head, and we say so; a loaded embedding
+    model, which has no scores, is refused with the way out."""
+    with pytest.warns(UserWarning, match="random until it is trained"), Reranker(minilm, device="cpu") as ours:
+        assert ours.score("a question", ["a text", "another"]).shape == (2,)
     with pytest.raises(ModelError, match="Embedder"):
         Reranker(SentenceTransformer(minilm, device="cpu"))
 

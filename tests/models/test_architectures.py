@@ -54,7 +54,6 @@ def test_padding_on_the_left_and_no_token_types(name: str, kind: str, token_type
     assert check(name, kind, token_types, left) is not None
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", architectures.names())
 def test_rows_of_every_architecture(name: str) -> None:
