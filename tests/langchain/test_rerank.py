@@ -223,12 +223,13 @@ def test_two_labels(two_labels: Path) -> None:
 
 
 def test_construction(demo_reranker: str, minilm: str, tmp_path: Path) -> None:
-    """`model` is an alias; unknown fields, a folder without a model and an embedding model are refused."""
+    """`model` is an alias; unknown fields and a folder without a model are refused; an embedding model loads, as upstream
+    loads it, with a random head, and we say so."""
     assert MemsafeRerank(model=demo_reranker).model_name == demo_reranker
     for wrong in ({"batch_size": 3}, {"top_n": "many"}, {"memory": {"limit": 0}}, {"score_key": ""}):
         with pytest.raises(ValidationError):
             MemsafeRerank(model_name=demo_reranker, **wrong)
     with pytest.raises(ModelError):
         MemsafeRerank(model_name=str(tmp_path))
-    with pytest.raises(ModelError):
+    with pytest.warns(UserWarning, match="random until it is trained"):
         MemsafeRerank(model_name=minilm)

@@ -26,6 +26,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="the service needs uvicorn")
 httpx = pytest.importorskip("httpx", reason="the tests speak HTTP with httpx")
 
 from examples.service import Limits, make_app  # noqa: E402 - after the packages it needs
+from tests.concurrency.helpers import before_encoding
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["Sorted inputs are merged lazily.", "A heap keeps its smallest item first.", "Sockets carry bytes.", "short"]
@@ -240,15 +241,13 @@ def test_not_json(app: Any) -> None:
 
 def test_a_full_queue_is_429(app: Any) -> None:
     """When more inputs wait than may, a request gets 429 and TEI's error type, and later ones are served."""
-    encoder = app.state.embedder._engine.model.encoder
-    encode, entered, go = encoder.encode, threading.Event(), threading.Event()
+    entered, go = threading.Event(), threading.Event()
 
-    def held(*args: object) -> object:
+    def hold() -> None:
         entered.set()
         assert go.wait(60)
-        return encode(*args)
 
-    encoder.encode = held
+    before_encoding(app.state.embedder._engine.model.encoder, hold)
     first: list[Any] = []
     caller = threading.Thread(target=lambda: first.append(ask(app, "/embed", json={"inputs": ["a", "b"]})))
     caller.start()
