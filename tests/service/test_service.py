@@ -26,7 +26,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="the service needs uvicorn")
 httpx = pytest.importorskip("httpx", reason="the tests speak HTTP with httpx")
 
 from examples.service import Limits, make_app  # noqa: E402 - after the packages it needs
-from tests.concurrency.helpers import before_encoding
+from tests.concurrency.helpers import before_encoding  # noqa: E402 - likewise
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["Sorted inputs are merged lazily.", "A heap keeps its smallest item first.", "Sockets carry bytes.", "short"]
