@@ -21,11 +21,13 @@ from memsafe.config import FALLBACKS, MemoryPolicy
 from memsafe.planning.batch import BatchShape, MicroBatch, TokenizedInput
 from memsafe.planning.budget import MemoryBudget, MemorySnapshot
 from memsafe.planning.cost import CostKey, CostModel, CostPrior
+from memsafe.planning.instructions import Measured, Start, Ticket
 from memsafe.planning.order import pieces
 from memsafe.planning.recovery import Clear, GiveUp, Wait, Work, follow
-from memsafe.planning.scheduler import Measured, Scheduler, Start, Tenant, Ticket
+from memsafe.planning.scheduler import Scheduler
 from memsafe.planning.sizing import Pending, Size, Sizing
 from memsafe.planning.speed import Sample
+from memsafe.planning.tenant import Tenant
 from memsafe.planning.tidying import Seen
 from memsafe.planning.traits import Traits
 from memsafe.planning.turns import BULK, QUERY, QueueKey, Queues

@@ -10,7 +10,8 @@ from typing import Any
 
 from memsafe.engine.lanes import lanes_of
 from memsafe.planning.batch import MicroBatch
-from memsafe.planning.scheduler import Scheduler, Start
+from memsafe.planning.instructions import Start
+from memsafe.planning.scheduler import Scheduler
 from memsafe.planning.turns import QUERY, Queues
 
 PATIENCE_S = 60.0

@@ -18,7 +18,7 @@ from memsafe.models import collate, model, selfcheck
 from memsafe.models.checkstore import CheckStore, check_key
 from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostModel
-from memsafe.planning.scheduler import Tenant
+from memsafe.planning.tenant import Tenant
 from memsafe.planning.traits import Traits
 from memsafe.planning.turns import Queues
 from memsafe.testing import SimulatedDevice, SimulatedModel

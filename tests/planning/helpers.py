@@ -11,9 +11,11 @@ from memsafe.config import FALLBACKS, GiB, MemoryPolicy, MiB
 from memsafe.planning.batch import BatchShape, MicroBatch, TokenizedInput
 from memsafe.planning.budget import MemoryBudget, MemorySnapshot
 from memsafe.planning.cost import CostKey, CostModel, CostPrior
-from memsafe.planning.scheduler import Measured, Scheduler, Start, Tenant, Ticket, TidyFirst
+from memsafe.planning.instructions import Measured, Start, Ticket, TidyFirst
+from memsafe.planning.scheduler import Scheduler
 from memsafe.planning.sizing import Pending, Size
 from memsafe.planning.speed import Sample
+from memsafe.planning.tenant import Tenant
 from memsafe.planning.tidying import Seen
 from memsafe.planning.traits import Traits
 from memsafe.planning.turns import BULK, QueueKey, Queues

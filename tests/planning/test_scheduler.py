@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memsafe.config import GiB, MemoryPolicy, MiB
-from memsafe.planning.scheduler import Grew, Measured, Remember, Scheduler, Start, TidyFirst
+from memsafe.planning.instructions import Grew, Measured, Remember, Start, TidyFirst
+from memsafe.planning.scheduler import Scheduler
 from memsafe.planning.sizing import Size
 from memsafe.planning.tidying import Tidy
 from memsafe.planning.turns import BULK, FAIRNESS, QUERY

@@ -11,7 +11,7 @@ from memsafe.engine.sinks import Rows, RowWriter
 from memsafe.errors import CancelledError, InputTooLargeError
 from memsafe.events import ReportBuilder
 from memsafe.planning.batch import TokenizedInput
-from memsafe.planning.scheduler import Tenant
+from memsafe.planning.tenant import Tenant
 from memsafe.planning.turns import QueueKey, Queues
 
 __all__ = ["Backlog", "Job"]

@@ -11,19 +11,19 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
-from memsafe.engine.delivery import jobs_of, tell
+from memsafe.engine.delivery import jobs_of
 from memsafe.engine.jobs import Job
 from memsafe.engine.runner import Runner
+from memsafe.engine.site import LaneSite
 from memsafe.errors import ClosedError
-from memsafe.events import BudgetChanged
 from memsafe.machine.device import Device
 from memsafe.machine.heap import heap
-from memsafe.planning.batch import BatchShape, MicroBatch
-from memsafe.planning.recovery import Action, Work
-from memsafe.planning.scheduler import Grew, Measured, Remember, Scheduler, Start, Tenant, Ticket, TidyFirst
+from memsafe.planning.instructions import Start, TidyFirst
+from memsafe.planning.scheduler import Scheduler
+from memsafe.planning.tenant import Tenant
 from memsafe.planning.tidying import Seen, Tidy
 
 __all__ = ["Lanes", "lanes_of", "scheduling_lock"]
@@ -68,8 +68,8 @@ class Lanes:
         self.device = device
         self.scheduler = Scheduler(device.traits)
         # `with` on the lock itself, never on the condition, whose __enter__ is Python code: a Ctrl-C inside it would leak the lock
-        self._lock = _lock
-        self._condition = threading.Condition(self._lock)
+        self.lock = _lock
+        self.condition = threading.Condition(self.lock)
         self._runners: dict[Tenant, Runner] = {}  # those that are leaving too, until their last micro-batch is done
         self._threads: set[threading.Thread] = set()
         self._changes = 0  # whoever looked at memory before the last one should look again before it waits
@@ -80,7 +80,7 @@ class Lanes:
     # models come and go
 
     def attach(self, runner: Runner) -> None:
-        with self._lock:
+        with self.lock:
             self._runners[runner.tenant] = runner
             self.scheduler.attach(runner.tenant)
             runner.backlog.tenants.append(runner.tenant)
@@ -89,7 +89,7 @@ class Lanes:
     def detach(self, runner: Runner) -> None:
         """Forget `runner` when its last micro-batch is done."""
         tenant = runner.tenant
-        with self._lock:
+        with self.lock:
             if tenant in self.scheduler.tenants:
                 self.scheduler.detach(tenant)
                 runner.backlog.tenants.remove(tenant)
@@ -97,16 +97,16 @@ class Lanes:
             while tenant in self.scheduler.in_flight.values():
                 if threading.current_thread() in self._threads:
                     return  # closed from a caller's hook: it cannot wait for the micro-batch that it is part of
-                self._condition.wait(0.1)
+                self.condition.wait(0.1)
             self._runners.pop(tenant, None)
 
     def wake(self) -> None:
         """Work has come, or room."""
-        with self._lock:
+        with self.lock:
             closing = self._closing
             if not closing and not self._waiting:
                 self._start_lane()
-            self._notify()
+            self.notify()
             runners = list(self._runners.values()) if closing else []
         for runner in runners:
             if runner.backlog.pending:
@@ -116,34 +116,34 @@ class Lanes:
         """At the end of a run: give cached memory back as the policy says; returns how much. before_bytes: what the process
         held when the run began. busy: other calls are at work."""
         process_bytes = self.device.process_bytes()
-        with self._lock:
+        with self.lock:
             tidying = self.scheduler.tidying
             wanted = tidying.after_run(runner.policy.release, before_bytes, process_bytes, busy=busy)
-        return self._tidy(Tidy.RELEASE) if wanted else 0
+        return self.tidy(Tidy.RELEASE) if wanted else 0
 
     # forks and the end
 
     def pause_for_fork(self) -> None:
         """Let micro-batches in flight end and start none: a fork in the middle of a matrix product may copy its
         library's locks as they are, held for ever in the child."""
-        with self._lock:
+        with self.lock:
             if threading.current_thread() not in self._threads:
                 self._forking = True
-                self._condition.wait_for(lambda: not self.scheduler.running(), FORK_WAIT_S)
+                self.condition.wait_for(lambda: not self.scheduler.running(), FORK_WAIT_S)
 
     def resume(self) -> None:
         """The fork is over."""
-        with self._lock:
+        with self.lock:
             self._forking = False
-            self._notify()
+            self.notify()
 
     def close(self) -> None:
         """End the lanes once their micro-batches are done; what waits, for work or for memory, fails, so this is prompt."""
-        with self._lock:
+        with self.lock:
             self._closing = True
-            self._notify()
+            self.notify()
             threads, runners = list(self._threads), list(self._runners.values())
-            jobs = _jobs(self.scheduler.in_flight)
+            jobs = [job for ticket in self.scheduler.in_flight for job in jobs_of(ticket.batch)]
         for runner in runners:
             runner.backlog.end(_exiting)
         for job in jobs:
@@ -153,9 +153,15 @@ class Lanes:
 
     # lanes
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
+        """Something has changed. Call with the lock held."""
         self._changes += 1
-        self._condition.notify_all()  # a single one might reach somebody who waits for something else
+        self.condition.notify_all()  # a single one might reach somebody who waits for something else
+
+    def make_room(self) -> None:
+        """A micro-batch pauses: somebody else may run meanwhile. Call with the lock held."""
+        if not self._waiting:
+            self._start_lane()
 
     def _start_lane(self) -> None:
         """Start a lane if one more could be of use. Call with the lock held."""
@@ -184,13 +190,13 @@ class Lanes:
             for job in waiters:
                 job.fail(self._death(cause))
         finally:
-            with self._lock:
+            with self.lock:
                 self._threads.discard(threading.current_thread())
                 if not self._closing and not self._waiting and self.scheduler.pending:
                     self._start_lane()  # work that came while this lane was on its way out
 
     def _waiters(self) -> list[Job]:
-        with self._lock:
+        with self.lock:
             return [job for backlog in {runner.backlog for runner in self._runners.values()} for job in backlog.jobs()]
 
     def _death(self, error: BaseException) -> ClosedError:
@@ -200,14 +206,14 @@ class Lanes:
         """The next micro-batch, waited for; None when the lane may end."""
         idle_since = time.monotonic()
         while True:
-            with self._lock:
+            with self.lock:
                 if self._closing:
                     return None
                 changes, pending = self._changes, self.scheduler.pending and not self._forking
             start = self.choose() if pending else None
             if start is not None:
                 return start
-            with self._lock:
+            with self.lock:
                 if self._closing:
                     return None
                 if pending and changes != self._changes:
@@ -219,7 +225,7 @@ class Lanes:
                 else:
                     left, idle_since = 0.5, time.monotonic()
                 self._waiting += 1
-                self._condition.wait(left)
+                self.condition.wait(left)
                 self._waiting -= 1
 
     def choose(self) -> Start | None:
@@ -227,7 +233,7 @@ class Lanes:
         while True:
             try:
                 seen = self.look()
-                with self._lock:
+                with self.lock:
                     if self._forking or self._closing:
                         return None
                     action = self.scheduler.next(time.perf_counter(), seen)
@@ -236,7 +242,7 @@ class Lanes:
                         return action
                 if action is None:
                     return None
-                self._tidy(action.tidy, action)
+                self.tidy(action.tidy, action)
             except BaseException as error:  # those who wait now: who comes later has nothing to do with it
                 raise _ChoosingError(self._waiters()) from error
 
@@ -251,7 +257,8 @@ class Lanes:
         exact = self.device.traits.keeps_freed and heap.exact
         return Seen(self.device.snapshot(), self.device.process_bytes(), exact)
 
-    def _tidy(self, tidy: Tidy, first: TidyFirst | None = None) -> int:
+    def tidy(self, tidy: Tidy, first: TidyFirst | None = None) -> int:
+        """Do it, without the lock; returns how many bytes went back."""
         released = 0
         if tidy is Tidy.RELEASE:
             released = self.device.release()
@@ -260,7 +267,7 @@ class Lanes:
         else:
             heap.loosen()
         process_bytes = self.device.process_bytes()
-        with self._lock:
+        with self.lock:
             if first is not None:
                 self.scheduler.did(first, released, process_bytes)
             else:
@@ -273,7 +280,7 @@ class Lanes:
 
     def _perform(self, start: Start, set_threads: Callable[[int], None], starved_seconds: Callable[[], float]) -> None:
         ticket, tenant = start.ticket, start.tenant
-        with self._lock:
+        with self.lock:
             runner = self._runners[tenant]
             judged = ticket.threads == 1 and not tenant.sizing.lane_choice.done
         for job in jobs_of(ticket.batch):
@@ -282,78 +289,22 @@ class Lanes:
         try:
             if ticket.threads is not None:
                 set_threads(ticket.threads)
-            runner.run(start, _Site(self, runner, ticket))
+            runner.run(start, LaneSite(self, runner, ticket))
         except BaseException as error:  # a fault of ours: no caller may wait for ever
             log.exception("a micro-batch ended in an unexpected error")
             for job in jobs_of(ticket.batch):
                 job.fail(self._death(error))
         finally:
             starved = starved_seconds() - starved_before if judged else 0.0
-            with self._lock:
+            with self.lock:
                 actions = self.scheduler.done(ticket, time.perf_counter(), starved)
                 if tenant not in self.scheduler.tenants and tenant not in self.scheduler.in_flight.values():
                     self._runners.pop(tenant, None)  # it was closed meanwhile
-                self._notify()
+                self.notify()
             for action in actions:
                 runner.remember(action.key, action.text)
             if tenant.broken is not None and not runner.backlog.has_others(tenant):
                 runner.backlog.end(partial(_all_failed, tenant.broken))
-
-
-class _Site:
-    """The scheduler as one of its micro-batches sees it: see :class:`memsafe.engine.recover.Site`."""
-
-    def __init__(self, lanes: Lanes, runner: Runner, ticket: Ticket) -> None:
-        self._lanes, self._runner, self._ticket = lanes, runner, ticket
-
-    def checked(self, work: Work) -> Work:
-        seen = self._lanes.look()
-        with self._lanes._lock:
-            return self._lanes.scheduler.checked(self._ticket, work, seen)
-
-    def refused(self, work: Work) -> tuple[Action, ...]:
-        seen = self._lanes.look()
-        with self._lanes._lock:
-            return self._lanes.scheduler.refused(self._ticket, work, seen)
-
-    def ran(self, batch: MicroBatch, measured: Measured) -> None:
-        with self._lanes._lock:
-            actions = self._lanes.scheduler.ran(self._ticket, batch, measured)
-        for action in actions:
-            if isinstance(action, Remember):
-                self._runner.remember(action.key, action.text)
-            elif isinstance(action, Grew):
-                tell(batch, BudgetChanged(self._lanes.device.name, action.cap_bytes, "grow"), grows=1)
-            else:
-                self._lanes._tidy(action)
-
-    def predict(self, shape: BatchShape) -> tuple[int, int, int]:
-        seen = self._lanes.look()
-        ledger = self._runner.tenant.ledger
-        with self._lanes._lock:
-            return ledger.predict(shape), ledger.bound(shape), ledger.headroom(seen.snapshot)
-
-    def pause(self, paused: bool) -> None:
-        lanes, ticket = self._lanes, self._ticket
-        with lanes._lock:
-            if paused:
-                lanes.scheduler.paused.add(ticket)
-                lanes.scheduler.alone.discard(ticket)
-                if not lanes._waiting:
-                    lanes._start_lane()
-            else:
-                lanes.scheduler.paused.discard(ticket)
-            lanes._notify()
-
-    def clear(self, timeout_s: float) -> bool:
-        lanes, ticket = self._lanes, self._ticket
-        with lanes._lock:
-            lanes.scheduler.alone.add(ticket)
-            lanes.scheduler.paused.add(ticket)  # of two that wait for each other, the first to look goes first
-            try:
-                return lanes._condition.wait_for(lambda: not lanes.scheduler.running(besides=ticket), timeout_s)
-            finally:
-                lanes.scheduler.paused.discard(ticket)
 
 
 def _thread_tools(device: Device) -> tuple[Callable[[int], None], Callable[[], float]]:
@@ -363,10 +314,6 @@ def _thread_tools(device: Device) -> tuple[Callable[[int], None], Callable[[], f
     from memsafe.machine.threads import set_threads, starved_seconds
 
     return set_threads, starved_seconds
-
-
-def _jobs(tickets: Iterable[Ticket]) -> list[Job]:
-    return list(dict.fromkeys(item.job for ticket in tickets for item in ticket.batch.items))
 
 
 def _exiting() -> ClosedError:

@@ -13,8 +13,8 @@ from memsafe.errors import InputTooLargeError
 from memsafe.events import BudgetChanged, CacheReleased, FallbackUsed, OutOfMemory, Waited
 from memsafe.machine.device import Device
 from memsafe.planning.batch import BatchShape, MicroBatch, TokenizedInput
+from memsafe.planning.instructions import Measured
 from memsafe.planning.recovery import Action, Clear, GiveUp, ReleaseCache, ShrinkBudget, Split, Wait, Work, follow
-from memsafe.planning.scheduler import Measured
 
 __all__ = ["Rescue", "Site"]
 

@@ -25,8 +25,9 @@ from memsafe.models.protocol import Runnable
 from memsafe.planning.batch import MicroBatch, TokenizedInput
 from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostModel
+from memsafe.planning.instructions import Measured, Start, Ticket
 from memsafe.planning.recovery import Work
-from memsafe.planning.scheduler import Measured, Start, Tenant, Ticket
+from memsafe.planning.tenant import Tenant
 
 __all__ = ["Runner"]
 

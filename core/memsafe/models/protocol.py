@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from memsafe.planning.batch import MicroBatch
 from memsafe.planning.cost import CostKey, CostPrior
-from memsafe.planning.scheduler import Modelled
+from memsafe.planning.tenant import Modelled
 
 if TYPE_CHECKING:
     from memsafe.machine.device import Device

@@ -8,159 +8,27 @@ and simulated. Not thread-safe: its owner holds one lock for every call, and non
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
 
-from memsafe.config import FALLBACKS, MemoryPolicy
-from memsafe.planning.batch import BatchShape, MicroBatch, TokenizedInput
-from memsafe.planning.budget import MemoryBudget
-from memsafe.planning.cost import CostModel
-from memsafe.planning.ledger import Ledger
+from memsafe.config import FALLBACKS
+from memsafe.planning.batch import MicroBatch, TokenizedInput
+from memsafe.planning.instructions import Grew, Measured, Remember, Start, Ticket, TidyFirst
 from memsafe.planning.planner import BatchPlanner
-from memsafe.planning.recovery import Action, Clear, Failure, RecoveryPolicy, ShrinkBudget, Work
-from memsafe.planning.sizing import Pending, Size, Sizing
+from memsafe.planning.recovery import Action, Clear, Failure, ShrinkBudget, Work
+from memsafe.planning.sizing import Pending, Size
 from memsafe.planning.speed import Sample
+from memsafe.planning.tenant import Tenant
 from memsafe.planning.tidying import Seen, Tidy, Tidying
 from memsafe.planning.traits import Traits
-from memsafe.planning.turns import QUERY, QueueKey, Queues, Turns
+from memsafe.planning.turns import QUERY, QueueKey, Turns
 
-__all__ = ["Grew", "Measured", "Modelled", "Remember", "Scheduler", "Start", "Tenant", "Ticket", "TidyFirst"]
-
+__all__ = ["Scheduler"]
 
 _STARVED = 0.1
 """Of the time that something was in flight: a device that stood idle for longer in between waits for texts, and larger
 micro-batches would not make it faster."""
 _FADING = 0.8
 """What earlier gaps weigh at each later one."""
-
-
-class Modelled(Protocol):
-    """What planning asks of a model: arithmetic on shapes, nothing that runs."""
-
-    @property
-    def packed(self) -> bool: ...
-    @property
-    def pad_multiple(self) -> int: ...
-    @property
-    def workspace_bytes(self) -> int: ...
-    @property
-    def dtype_name(self) -> str: ...
-    def cost_shape(self, batch: MicroBatch) -> BatchShape: ...
-    def flops(self, shape: BatchShape) -> float: ...
-    def can(self, rung: str) -> bool: ...
-    def rung_bound(self, rung: str, shape: BatchShape, bound_bytes: int) -> int: ...
-
-
-class Tenant:
-    """One model on one device, as the device's scheduler sees it.
-
-    queues: what waits for the model, shared with its copies on other devices. cost: may hold what was learnt earlier.
-    broken: the error that ended the device for this model.
-    """
-
-    def __init__(
-        self,
-        model: Modelled,
-        traits: Traits,
-        policy: MemoryPolicy,
-        cost: CostModel,
-        budget: MemoryBudget,
-        queues: Queues,
-    ) -> None:
-        self.model = model
-        self.policy = policy
-        self.queues = queues
-        self.ledger = Ledger(cost, budget)
-        cost.least_share, cost.workspace_bytes = traits.heap_share, model.workspace_bytes
-        one = BatchShape(1, 1, 0, 1)
-        pair = model.flops(replace(one, squares=1)) - model.flops(one)
-        cost.speed.square_tokens = pair / max(model.flops(one), 1.0)
-        self.sizing = Sizing(
-            traits,
-            knee=policy.knee,
-            max_tokens=policy.max_tokens,
-            token_flops=model.flops(one),
-            curve=cost.speed,
-            lanes=cost.lanes,
-        )
-        self.recovery = RecoveryPolicy(policy)
-        self.broken: BaseException | None = None
-        self.released_bytes = 0  # to make room for it; told with its next micro-batch
-        self.extra_probes = traits.extra_probes
-        self._most_rows = traits.most_rows
-        self._planners: dict[tuple[int | None, bool], BatchPlanner] = {}
-
-    def planner(self, max_rows: int | None, raw: bool = False) -> BatchPlanner:
-        """The planner for inputs of which at most `max_rows` may run together; None for no cap. raw: the model's own
-        preprocessing sees them, and pads."""
-        packed = self.model.packed and not raw
-        if (max_rows, packed) not in self._planners:
-            caps = [cap for cap in (max_rows, self._most_rows) if cap is not None]
-            self._planners[max_rows, packed] = BatchPlanner(packed, self.model.pad_multiple, min(caps, default=None))
-        return self._planners[max_rows, packed]
-
-
-@dataclass(frozen=True, eq=False)
-class Ticket:
-    """Leave to run one micro-batch.
-
-    bound_bytes: what it is charged. budget_bytes: what was free for it. probe: alone on the device, so that its peak can be
-    measured. fits: False if one input exceeds what is admissible even alone. size: what it was cut to. threads: cores it
-    uses, None where micro-batches take turns. released_bytes: cache that was given back to make room for it. exact_heap: its
-    growth of the process tells what it holds.
-    """
-
-    batch: MicroBatch
-    bound_bytes: int
-    budget_bytes: int
-    probe: bool
-    fits: bool = True
-    size: Size = Size(1)  # noqa: RUF009 - frozen
-    threads: int | None = None
-    released_bytes: int = 0
-    exact_heap: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Run the ticket. busy: micro-batches in flight on the device, this one included."""
-
-    tenant: Tenant
-    ticket: Ticket
-    busy: int
-
-
-@dataclass(frozen=True, slots=True)
-class TidyFirst:
-    """Do this to the device's memory, tell :meth:`Scheduler.did`, and ask again."""
-
-    tenant: Tenant
-    tidy: Tidy
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What one forward took; None for what was not measured. seconds, host_seconds: see :class:`Sample`."""
-
-    live_bytes: int | None = None
-    resident_bytes: int | None = None
-    seconds: float | None = None
-    host_seconds: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Remember:
-    """What was learnt of a model is worth keeping for another day: `text` under `key`."""
-
-    key: Any
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Grew:
-    """The budget's cap after failures has grown to `cap_bytes`."""
-
-    cap_bytes: int
 
 
 class Scheduler:

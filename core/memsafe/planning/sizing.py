@@ -46,9 +46,9 @@ _LEAST_SHARE = 128
 class Pending:
     """What waits in the queue that the next micro-batch is cut from.
 
-    tokens: of all its inputs. lengths: how many texts of each :func:`size_class` this run has had so far. coming: whether more of the same calls is still being tokenised. room_tokens: what the
-    budget allows one micro-batch now. trying: one in flight has a size that is on trial. starved: the device waits for texts
-    rather than texts for the device.
+    tokens: of all its inputs. lengths: how many texts of each :func:`size_class` this run has had so far. coming: whether more of
+    the same calls is still being tokenised. room_tokens: what the budget allows one micro-batch now. trying: one in flight has a
+    size that is on trial. starved: the device waits for texts rather than texts for the device.
     """
 
     tokens: int

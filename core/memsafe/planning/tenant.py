@@ -1,0 +1,85 @@
+"""One model on one device, as planning sees it: what waits for it, what it costs, how large its micro-batches are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+from memsafe.config import MemoryPolicy
+from memsafe.planning.batch import BatchShape, MicroBatch
+from memsafe.planning.budget import MemoryBudget
+from memsafe.planning.cost import CostModel
+from memsafe.planning.ledger import Ledger
+from memsafe.planning.planner import BatchPlanner
+from memsafe.planning.recovery import RecoveryPolicy
+from memsafe.planning.sizing import Sizing
+from memsafe.planning.traits import Traits
+from memsafe.planning.turns import Queues
+
+__all__ = ["Modelled", "Tenant"]
+
+
+class Modelled(Protocol):
+    """What planning asks of a model: arithmetic on shapes, nothing that runs."""
+
+    @property
+    def packed(self) -> bool: ...
+    @property
+    def pad_multiple(self) -> int: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+    @property
+    def dtype_name(self) -> str: ...
+    def cost_shape(self, batch: MicroBatch) -> BatchShape: ...
+    def flops(self, shape: BatchShape) -> float: ...
+    def can(self, rung: str) -> bool: ...
+    def rung_bound(self, rung: str, shape: BatchShape, bound_bytes: int) -> int: ...
+
+
+class Tenant:
+    """One model on one device, as the device's scheduler sees it.
+
+    queues: what waits for the model, shared with its copies on other devices. cost: may hold what was learnt earlier.
+    broken: the error that ended the device for this model.
+    """
+
+    def __init__(
+        self,
+        model: Modelled,
+        traits: Traits,
+        policy: MemoryPolicy,
+        cost: CostModel,
+        budget: MemoryBudget,
+        queues: Queues,
+    ) -> None:
+        self.model = model
+        self.policy = policy
+        self.queues = queues
+        self.ledger = Ledger(cost, budget)
+        cost.least_share, cost.workspace_bytes = traits.heap_share, model.workspace_bytes
+        one = BatchShape(1, 1, 0, 1)
+        pair = model.flops(replace(one, squares=1)) - model.flops(one)
+        cost.speed.square_tokens = pair / max(model.flops(one), 1.0)
+        self.sizing = Sizing(
+            traits,
+            knee=policy.knee,
+            max_tokens=policy.max_tokens,
+            token_flops=model.flops(one),
+            curve=cost.speed,
+            lanes=cost.lanes,
+        )
+        self.recovery = RecoveryPolicy(policy)
+        self.broken: BaseException | None = None
+        self.released_bytes = 0  # to make room for it; told with its next micro-batch
+        self.extra_probes = traits.extra_probes
+        self._most_rows = traits.most_rows
+        self._planners: dict[tuple[int | None, bool], BatchPlanner] = {}
+
+    def planner(self, max_rows: int | None, raw: bool = False) -> BatchPlanner:
+        """The planner for inputs of which at most `max_rows` may run together; None for no cap. raw: the model's own
+        preprocessing sees them, and pads."""
+        packed = self.model.packed and not raw
+        if (max_rows, packed) not in self._planners:
+            caps = [cap for cap in (max_rows, self._most_rows) if cap is not None]
+            self._planners[max_rows, packed] = BatchPlanner(packed, self.model.pad_multiple, min(caps, default=None))
+        return self._planners[max_rows, packed]
