@@ -147,6 +147,8 @@ def occupy(embedder: Any, watch: Watch) -> list[Future[Any]]:
     Three of them are in flight then (two lanes, and one more for queries), two wait.
     """
     watch.hold()
+    before = len(watch.granted)
     calls = [start(embedder.embed_queries, [f"keeps the device busy {i}"], max_rows=1) for i in range(5)]
-    wait_until(lambda: pending(embedder) == 2, "a busy device")  # two lanes, and one more for queries
+    # Two that wait could also be the first two, before any lane has looked: three must have been let in.
+    wait_until(lambda: len(watch.granted) >= before + 3 and pending(embedder) == 2, "a busy device")
     return calls
