@@ -17,6 +17,7 @@ COLLECTED = pytest.StashKey[list[tuple[str, str]]]()
 
 ALONE = {
     # a file, or one test: what else the machine does would show in their figures
+    "benchmarks/test_prove_smoke.py::test_every_section_runs_and_is_written",
     "concurrency/test_load.py",
     "contracts/test_front_door.py::test_importing_memsafe_is_cheap",
     "langchain/test_async.py",
@@ -43,6 +44,7 @@ SLOW = {
     "attention/test_packing.py::test_padded_rows_under_the_small_mask",
     "attention/test_packing.py::test_quick_heads_give_the_same_rows",
     "attention/test_packing.py::test_threads_share_a_model",
+    "benchmarks/test_prove_smoke.py::test_every_section_runs_and_is_written",
     "benchmarks/test_prove_smoke.py::test_without_a_card_it_says_so",
     "concurrency/test_processes.py::test_a_forked_child_has_a_worker_of_its_own",
     "concurrency/test_processes.py::test_calls_while_the_interpreter_exits_fail_rather_than_hang",
