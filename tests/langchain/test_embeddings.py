@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import langchain_huggingface
 import pytest
 from pydantic import ValidationError
 
@@ -221,10 +222,13 @@ def test_model_errors(tmp_path: Path) -> None:
             MemsafeEmbeddings(model_name=str(folder))
 
 
-def test_cross_encoder_is_refused(demo_reranker: str) -> None:
-    """A cross-encoder embeds nothing: refused when the object is made."""
-    with pytest.raises(ModelError):
-        MemsafeEmbeddings(model_name=demo_reranker)
+def test_cross_encoder_loads_as_upstream_loads_it(demo_reranker: str) -> None:
+    """A folder saved as a cross-encoder gives upstream's rows, averages of its encoder, with a warning when it is made."""
+    with pytest.warns(UserWarning, match="was saved as a cross-encoder"):
+        ours = MemsafeEmbeddings(model_name=demo_reranker)
+    theirs = langchain_huggingface.HuggingFaceEmbeddings(model_name=demo_reranker)
+    texts = ["One sentence.", "Another one, which is a little longer."]
+    assert largest_difference(ours.embed_documents(texts), theirs.embed_documents(texts)) < 1e-5
 
 
 def test_progress(ours: MemsafeEmbeddings, capsys: pytest.CaptureFixture[str]) -> None:
