@@ -344,16 +344,19 @@ def test_who_has_left_or_is_broken_is_not_asked() -> None:
     assert world.next() is None
 
 
-def test_a_device_that_waits_for_texts_says_so() -> None:
-    """When the device stood idle for more than a tenth of the time it worked, sizes are asked for a starved device."""
-    for idle_s, starved in ((0.05, False), (0.5, True)):
-        world = World()
-        tenant = world.tenant(sizing=(sizing := FixedSizing()))
-        for _ in range(5):
+def test_sizes_are_asked_for_with_the_rate_at_which_texts_come() -> None:
+    """Tokens per second while a call is being tokenised, the first piece apart; not known of one piece, nor of a new run, and
+    nothing once all are here."""
+    world = World()
+    tenant = world.tenant(sizing=(sizing := FixedSizing()))
+    for run in range(2):
+        tenant.queues.announce(job := object(), 32)
+        for piece in range(4):
             world.add(tenant, [8] * 8)
-            world.end(world.start(), 1.0)
-            world.now += idle_s
-        assert sizing.asked[-1].starved is starved
+            tenant.queues.arrived(job, 8)
+            world.end(world.start(), 0.5)
+        inflows = [pending.inflow for pending in sizing.asked[-4:]]
+        assert inflows == [0.0, 128.0, 128.0, 0.0], run
 
 
 # -- what came of it -----------------------------------------------------------------------------------------------

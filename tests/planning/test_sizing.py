@@ -100,17 +100,22 @@ def test_small_work_before_anything_is_known_is_one_micro_batch() -> None:
     assert large.propose(Pending(5000)) == Size(2000)
 
 
-def test_a_cap_on_rows_and_an_idle_device_are_no_time_to_try() -> None:
-    """Neither says anything about sizes: what is known is used. Small sizes cost too little to be held back."""
-    for options, capped in ((Pending(1 << 30, starved=True), False), (PLENTY, True)):
-        sizing = Sizing(CUDA)
-        sizing.observe(Sample(1024, 0.01, 0.01))
-        size = sizing.propose(options, capped=capped)
-        assert size is not None and not size.trial and size.tokens == 1024
-        assert sizing.propose(PLENTY) == Size(2048, True)
-    small = Sizing(CUDA)
-    small.observe(Sample(256, 0.01, 0.01))
-    assert small.propose(Pending(1 << 30, starved=True)) == Size(512, True)
+def test_a_cap_on_rows_is_no_time_to_try() -> None:
+    """It says nothing about sizes: what is known is used."""
+    sizing = Sizing(CUDA)
+    sizing.observe(Sample(1024, 0.01, 0.01))
+    assert sizing.propose(PLENTY, capped=True) == Size(1024)
+    assert sizing.propose(PLENTY) == Size(2048, True)
+
+
+@pytest.mark.parametrize(("inflow", "expected"), [(0.0, Size(2048, True)), (9e4, Size(2048, True)), (8e4, Size(1024))])
+def test_no_size_is_larger_than_keeps_up_with_tokenising(inflow: float, expected: Size) -> None:
+    """1,024 tokens run at 102,400 a second: enough for 80,000 that come a second, not for 90,000."""
+    sizing = Sizing(CUDA)
+    sizing.observe(Sample(512, 0.01, 0.01))
+    sizing.observe(Sample(1024, 0.01, 0.01))
+    lengths = {size_class(64): 1000}
+    assert sizing.propose(Pending(1 << 30, lengths=lengths, coming=True, inflow=inflow)) == expected
 
 
 def test_questions_that_wait_together_are_never_cut_in_two() -> None:

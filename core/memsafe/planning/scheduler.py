@@ -24,12 +24,6 @@ from memsafe.planning.turns import QUERY, QueueKey, Turns
 
 __all__ = ["Scheduler"]
 
-_STARVED = 0.1
-"""Of the time that something was in flight: a device that stood idle for longer in between waits for texts, and larger
-micro-batches would not make it faster."""
-_FADING = 0.8
-"""What earlier gaps weigh at each later one."""
-
 
 class Scheduler:
     """The models of one device, and what is in flight on it."""
@@ -44,11 +38,6 @@ class Scheduler:
         self._turns: Turns[Tenant] = Turns()
         self._division: tuple[int, int | None] | None = None  # of the cores, among those that run now
         self._last_done: float | None = None
-        self._idle_since: float | None = None  # when the last micro-batch in flight ended
-        self._busy_since: float | None = (
-            None  # when the first one of those in flight, and before them without a gap, began
-        )
-        self._idle_s = self._busy_s = 0.0
 
     # who is here
 
@@ -88,9 +77,8 @@ class Scheduler:
         if running and self._turns.overdue(waiting):
             return None  # some work cannot start beside others: let the device run empty, or it never would
         for tenant, priority in self._turns.order(waiting, list(self.in_flight.values())):
-            found = self._consider(tenant, priority, running, seen)
+            found = self._consider(tenant, priority, running, seen, now)
             if isinstance(found, Ticket):
-                self._count_idle(now)
                 self.in_flight[found] = tenant
                 self._turns.served((tenant, priority), waiting)
                 self.tidying.started()
@@ -100,14 +88,6 @@ class Scheduler:
         if not self.in_flight and not waiting:
             self._last_done = None
         return None
-
-    def _count_idle(self, now: float) -> None:
-        """A micro-batch starts: how long nothing was in flight until now, against how long something was."""
-        if self.in_flight or self._idle_since is None:
-            return
-        self._idle_s = _FADING * self._idle_s + max(now - self._idle_since, 0.0)
-        self._busy_s = _FADING * self._busy_s + max(self._idle_since - (self._busy_since or self._idle_since), 0.0)
-        self._busy_since = now
 
     def did(self, first: TidyFirst, released_bytes: int, process_bytes: int) -> None:
         """What :meth:`next` asked for was done, and gave `released_bytes` back."""
@@ -122,7 +102,9 @@ class Scheduler:
             for priority in tenant.queues.priorities()
         ]
 
-    def _consider(self, tenant: Tenant, priority: int, running: Sequence[Ticket], seen: Seen) -> Ticket | Tidy | None:
+    def _consider(
+        self, tenant: Tenant, priority: int, running: Sequence[Ticket], seen: Seen, now: float
+    ) -> Ticket | Tidy | None:
         lanes, threads = tenant.sizing.lanes
         busy, urgent = len(running), priority == QUERY
         if busy >= lanes + urgent:  # a query may use one lane more, so that it need not wait for a whole micro-batch
@@ -133,7 +115,7 @@ class Scheduler:
         items, tokens = tenant.queues.view(key)
         tenant.ledger.cost.exact_heap = seen.exact_heap
         room_bytes = tenant.ledger.room(seen.snapshot, sum(ticket.bound_bytes for ticket in running))
-        sized = self._size(tenant, key, items, tokens, room_bytes, running)
+        sized = self._size(tenant, key, items, tokens, room_bytes, running, now)
         if sized is None:
             return None
         size, start, extra = sized
@@ -174,6 +156,7 @@ class Scheduler:
         tokens: int,
         room_bytes: int,
         running: Sequence[Ticket],
+        now: float,
     ) -> tuple[Size, int, bool] | None:
         """How large the next micro-batch may be, where in `items` it begins, and whether it is one more to be measured; None
         if it should wait for what is in flight."""
@@ -184,7 +167,7 @@ class Scheduler:
             lengths=tenant.queues.lengths,
             coming=tenant.queues.coming > 0,
             room_tokens=1 << 62 if sizing.settled else ledger.room_tokens(room_bytes, mean_len),
-            starved=self._idle_s > _STARVED * self._busy_s,
+            inflow=tenant.inflow(now),
             trying=any(self.in_flight[each] is tenant and each.size.trial for each in running),
         )
         size = sizing.propose(pending, capped=key.max_rows is not None)
@@ -285,8 +268,6 @@ class Scheduler:
                 tenant.ledger.cost.lanes = tenant.sizing.lanes[0]
                 actions.append(Remember(tenant.ledger.cost.key, tenant.ledger.cost.to_json()))
         self._last_done = now if busy_on or self.in_flight else None
-        if not self.in_flight:
-            self._idle_since = now
         return actions
 
 

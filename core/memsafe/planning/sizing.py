@@ -32,7 +32,9 @@ _HORIZON = 4
 _MODEST, _MODEST_LOSS = 2.0, 0.05
 """No size is used or tried that is more than twice the smallest one with which a run loses at most 5 %, as measured so far."""
 _SMALL = 4
-"""Up to so many times the first size costs too little memory to be cut in two, or held back while the device waits for texts."""
+"""Up to so many times the first size costs too little memory to be cut in two."""
+_AHEAD = 1.2
+"""A device so many times as fast as texts come is fast enough: it stands idle for a sixth of the time."""
 _FAR = 4
 """A smaller size so many times smaller tells nothing of those between."""
 _AGAIN = 0.1
@@ -48,7 +50,7 @@ class Pending:
 
     tokens: of all its inputs. lengths: how many texts of each :func:`size_class` this run has had so far. coming: whether more of
     the same calls is still being tokenised. room_tokens: what the budget allows one micro-batch now. trying: one in flight has a
-    size that is on trial. starved: the device waits for texts rather than texts for the device.
+    size that is on trial. inflow: tokens per second that come from tokenising; 0 if no more are to come, or nothing is known.
     """
 
     tokens: int
@@ -56,7 +58,7 @@ class Pending:
     coming: bool = False
     room_tokens: int = 1 << 62
     trying: bool = False
-    starved: bool = False
+    inflow: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +120,11 @@ class Sizing:
             # Where launching is the limit, two micro-batches take twice as long as one.
             return self._capped(min(pending.tokens, max(int(self._traits.launch_flops / self._token_flops), 1)))
         tokens, trial = self._next(pending.lengths)
-        starved = pending.starved and tokens > _SMALL * self._traits.start_tokens
-        if trial and (capped or starved or self._too_many(tokens, pending)):
+        if trial and (capped or self._too_many(tokens, pending)):
             tokens, trial = min(tokens, self._known()), False
+        enough = self._keeps_up(pending)
+        if enough < tokens:
+            tokens, trial = enough, False
         if not trial:  # smaller ones were only ever measured because no more was waiting
             tokens = max(tokens, self._traits.start_tokens)
         if trial and pending.room_tokens < tokens <= pending.tokens:
@@ -130,6 +134,16 @@ class Sizing:
         if trial and pending.trying and not self._traits.side_by_side and self._steep():
             return None  # launching is the limit: another one as small would only take its time
         return self._capped(tokens if trial else self._shared(tokens, pending), trial)
+
+    def _keeps_up(self, pending: Pending) -> float:
+        """The smallest size measured with which the device is well ahead of the texts that come: with a larger one it would
+        only wait for longer. Infinite if none is, or nothing more comes."""
+        if not pending.inflow:
+            return math.inf
+        tokens = sum(count * math.pow(2, size / 2) for size, count in pending.lengths.items())
+        most_s = tokens / (_AHEAD * pending.inflow)
+        sizes = (point.tokens for point in self.curve.points)
+        return next((size for size in sizes if self.curve.run_seconds(size, pending.lengths) <= most_s), math.inf)
 
     def took(self, size: Size) -> None:
         """A micro-batch of a size that was proposed starts."""

@@ -73,7 +73,23 @@ class Tenant:
         self.released_bytes = 0  # to make room for it; told with its next micro-batch
         self.extra_probes = traits.extra_probes
         self._most_rows = traits.most_rows
+        self._run = 0  # of the queues, of which the next three tell: when it was first looked at, and what had come by then
+        self._since, self._tokens_then, self._tokens_now = 0.0, 0, 0
+        self._inflow = 0.0
         self._planners: dict[tuple[int | None, bool], BatchPlanner] = {}
+
+    def inflow(self, now: float) -> float:
+        """Tokens per second of a run whose texts are still being tokenised; 0 if none are, or it is too early to tell."""
+        queues = self.queues
+        if not queues.coming:
+            return 0.0
+        if queues.runs != self._run:
+            self._run, self._since, self._inflow = queues.runs, now, 0.0
+            self._tokens_then = self._tokens_now = queues.came_tokens
+        elif queues.came_tokens > self._tokens_now and now > self._since:
+            self._tokens_now = queues.came_tokens
+            self._inflow = (self._tokens_now - self._tokens_then) / (now - self._since)
+        return self._inflow
 
     def planner(self, max_rows: int | None, raw: bool = False) -> BatchPlanner:
         """The planner for inputs of which at most `max_rows` may run together; None for no cap. raw: the model's own

@@ -47,7 +47,11 @@ class Queues:
         self._offset = 0  # where in its queue the last view began
         self.pending = 0
         self.lengths: Counter[int] = Counter()
-        """How many texts of each :func:`size_class` have come since nothing waited."""
+        """How many texts of each :func:`size_class` have come in this run."""
+        self.came_tokens = 0
+        """Tokens that have come in this run."""
+        self.runs = 0
+        """How often something came when nothing waited and nothing more was due."""
         self._coming: dict[Any, int] = {}  # inputs of each job that are not in a queue yet
 
     # coming and going
@@ -55,7 +59,14 @@ class Queues:
     def announce(self, job: Any, num_inputs: int) -> None:
         """So many inputs of `job` will be added."""
         if num_inputs:
+            self._begin()
             self._coming[job] = num_inputs
+
+    def _begin(self) -> None:
+        if not self.pending and not self._coming:
+            self.lengths.clear()
+            self.came_tokens = 0
+            self.runs += 1
 
     @property
     def coming(self) -> int:
@@ -68,8 +79,8 @@ class Queues:
             return
         if key not in self._queues:
             self._queues[key] = _Queue(self._turns)  # a new queue comes after those that wait already
-        if not self.pending:
-            self.lengths.clear()
+        self._begin()
+        self.came_tokens += sum(item.num_tokens for item in items)
         self.lengths.update(size_class(item.num_tokens) for item in items)
         self._queues[key].add(items)
         self.pending += len(items)
