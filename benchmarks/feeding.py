@@ -81,14 +81,15 @@ def now(way: Any) -> Feed:
     def feed(inputs: Sequence[Any]) -> int:
         backlog, job = _queue(len(inputs))
         ours(backlog, job, inputs, way, None)
-        return backlog.view(job.key)[1]
+        return backlog.queues.came_tokens
 
     return feed
 
 
 def _queue(num_inputs: int) -> tuple[Any, Any]:
-    from memsafe.engine.jobs import BULK, Backlog, Job, QueueKey
+    from memsafe.engine.jobs import Backlog, Job
     from memsafe.events import ReportBuilder
+    from memsafe.planning.turns import BULK, QueueKey
 
     return Backlog(), Job(num_inputs, QueueKey((BULK, None, ())), {}, ReportBuilder())
 

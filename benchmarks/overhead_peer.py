@@ -69,8 +69,9 @@ class Overhead(Peer):
     def _job(self, inputs: list[str]) -> tuple[Any, list[Any]]:
         from memsafe.planning.batch import TokenizedInput
 
-        job = self.engine.start(len(inputs), prompt=None, urgent=False, max_rows=None)
-        encoded = self.engine.model.encoder.encode(inputs, None)
+        way = self.engine.model.encoder.way()
+        job = self.engine.start(len(inputs), way=way, urgent=False, max_rows=None)
+        encoded = way.encode(inputs)
         items = [TokenizedInput(i, e.input_ids, e.token_type_ids, job=job) for i, e in enumerate(encoded)]
         return job, items
 

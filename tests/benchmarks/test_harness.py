@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -193,3 +194,12 @@ def test_inputs_survive_the_way_to_a_worker(tmp_path: Path) -> None:
     """Texts in any script arrive as they were."""
     path = write_inputs(tmp_path / "t.json", ["grüße", "你好", "a\nb"])
     assert json.loads(path.read_text(encoding="utf-8")) == ["grüße", "你好", "a\nb"]
+
+
+def test_tokenising_alone_is_measured() -> None:
+    """Every kind of text on one core, before and now, beside a busy thread too: rates of the way that is there today."""
+    command = [sys.executable, "-m", "benchmarks.feeding", "1", "40", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert len(rows) == 8 and all(row["ratio"]["now"] > 0 for row in rows)

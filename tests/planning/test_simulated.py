@@ -43,10 +43,11 @@ def check(rows: Sequence[Comparison]) -> None:
     worst = max(rows, key=lambda row: row.cold)
     assert worst.cold <= 1.25, sizing.line(worst)
     worst = max(rows, key=lambda row: row.learnt)
-    assert worst.learnt <= 1.15, sizing.line(worst)  # 1.10 is the aim; 1.14 was seen on 1 of 800 runs
-    assert statistics.median(row.memory for row in rows) <= 1.5
+    assert worst.learnt <= 1.15, sizing.line(worst)  # 1.10 is the aim; passed by 1 of 400 runs, and by short texts in fp32
+    assert statistics.median(row.memory for row in rows) <= 1.2
+    assert sum(row.memory > 2 for row in rows) <= 0.2 * len(rows)  # none is the aim; docs/sizing.md says where it is missed
     worst = max(rows, key=lambda row: row.memory)
-    assert worst.memory <= 4, sizing.line(worst)  # 2 is the aim; see docs/benchmarks.md for where it is missed
+    assert worst.memory <= 5, sizing.line(worst)
     assert sum(row.lost for row in rows) == 0
 
 

@@ -27,7 +27,7 @@ class Traits:
     start_tokens: int = 256
     """The first size of a search."""
 
-    knee: float = 0.028
+    knee: float = 0.02
     """A run may lose this fraction of its speed for the sake of memory."""
 
     searched_tokens: int = 0
@@ -76,5 +76,5 @@ class Traits:
             extra_probes=2,
             heap_share=1.0,
             searched_tokens=1024,
-            knee=0.01,  # sizes are small: 0.028 settled on 390 to 512 tokens of MiniLM, 6 % slower per core than 1,024
+            knee=0.01,  # sizes are small: 0.028 once settled on 390 to 512 tokens of MiniLM, 6 % slower per core than 1,024
         )
