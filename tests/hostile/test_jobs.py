@@ -43,21 +43,24 @@ def contend(box: Box, name: str, folder: Path, job: str, rows: Path) -> dict[str
     return outcome(box.run(JOB, name, str(folder), job, str(rows), timeout_s=170, env=ENV))
 
 
+DIRECT = {"SentenceTransformer.encode": "sentence_transformers"}
+FRAMEWORKS = {
+    "llama_index HuggingFaceEmbedding": "llama_index.embeddings.huggingface",
+    "langchain HuggingFaceEmbeddings": "langchain_huggingface",
+}
+
+
 @pytest.mark.peers
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("others", [DIRECT, DIRECT | FRAMEWORKS], ids=["direct", "frameworks"])
 def test_a_job_that_kills_sentence_transformers_finishes_with_equal_rows(
-    long_context: Path, tmp_path: Path, record: Record
+    others: dict[str, str], long_context: Path, tmp_path: Path, record: Record
 ) -> None:
     """Long and short texts in 800 MiB: SentenceTransformer.encode with its defaults, and LlamaIndex's and LangChain's
     classes on top of it, are killed or raise; ours finishes, and every row is that of a batch of one."""
     results, rows = {}, tmp_path / "rows.npy"
     with limited(CONTAINER_BYTES) as box:
-        for name, package in (
-            ("SentenceTransformer.encode", "sentence_transformers"),
-            ("llama_index HuggingFaceEmbedding", "llama_index.embeddings.huggingface"),
-            ("langchain HuggingFaceEmbeddings", "langchain_huggingface"),
-            ("memsafe.Embedder", "memsafe"),
-        ):
+        for name, package in (others | {"memsafe.Embedder": "memsafe"}).items():
             results[name] = (
                 "not installed" if not installed(package) else contend(box, name, long_context, "long", rows)
             )

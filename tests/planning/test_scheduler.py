@@ -351,7 +351,7 @@ def test_sizes_are_asked_for_with_the_rate_at_which_texts_come() -> None:
     tenant = world.tenant(sizing=(sizing := FixedSizing()))
     for run in range(2):
         tenant.queues.announce(job := object(), 32)
-        for piece in range(4):
+        for _ in range(4):
             world.add(tenant, [8] * 8)
             tenant.queues.arrived(job, 8)
             world.end(world.start(), 0.5)

@@ -123,7 +123,7 @@ class Sizing:
         if trial and (capped or self._too_many(tokens, pending)):
             tokens, trial = min(tokens, self._known()), False
         enough = self._keeps_up(pending)
-        if enough < tokens:
+        if enough is not None and enough < tokens:
             tokens, trial = enough, False
         if not trial:  # smaller ones were only ever measured because no more was waiting
             tokens = max(tokens, self._traits.start_tokens)
@@ -135,15 +135,15 @@ class Sizing:
             return None  # launching is the limit: another one as small would only take its time
         return self._capped(tokens if trial else self._shared(tokens, pending), trial)
 
-    def _keeps_up(self, pending: Pending) -> float:
+    def _keeps_up(self, pending: Pending) -> int | None:
         """The smallest size measured with which the device is well ahead of the texts that come: with a larger one it would
-        only wait for longer. Infinite if none is, or nothing more comes."""
+        only wait for longer. None if there is none, or nothing more comes."""
         if not pending.inflow:
-            return math.inf
+            return None
         tokens = sum(count * math.pow(2, size / 2) for size, count in pending.lengths.items())
         most_s = tokens / (_AHEAD * pending.inflow)
         sizes = (point.tokens for point in self.curve.points)
-        return next((size for size in sizes if self.curve.run_seconds(size, pending.lengths) <= most_s), math.inf)
+        return next((size for size in sizes if self.curve.run_seconds(size, pending.lengths) <= most_s), None)
 
     def took(self, size: Size) -> None:
         """A micro-batch of a size that was proposed starts."""

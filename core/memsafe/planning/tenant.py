@@ -73,7 +73,9 @@ class Tenant:
         self.released_bytes = 0  # to make room for it; told with its next micro-batch
         self.extra_probes = traits.extra_probes
         self._most_rows = traits.most_rows
-        self._run = 0  # of the queues, of which the next three tell: when it was first looked at, and what had come by then
+        self._run = (
+            0  # of the queues, of which the next three tell: when it was first looked at, and what had come by then
+        )
         self._since, self._tokens_then, self._tokens_now = 0.0, 0, 0
         self._inflow = 0.0
         self._planners: dict[tuple[int | None, bool], BatchPlanner] = {}
