@@ -224,7 +224,7 @@ TWICE = {
     "hostile/test_jobs.py::test_a_job_that_kills_cross_encoder_finishes_with_equal_scores": "hostile/test_jobs.py::test_embedder_and_reranker_share_one_limit",
     "hostile/test_leaks.py::test_a_thousand_calls_leave_nothing_behind": "hostile/test_leaks.py::test_a_thousand_failures_leave_nothing_on_a_device",
     "concurrency/test_load.py::test_mixed_traffic_for_seconds": "concurrency/test_sharing.py::test_different_lengths_under_threads",
-    "models/test_architectures.py::test_rows_of_every_architecture": "models/test_architectures.py::test_rows_of_a_few_architectures",
+    "models/test_architectures.py::test_rows_of_every_architecture": "models/test_architectures.py::test_padding_on_the_left_and_no_token_types",
     "planning/test_simulated.py::test_sizes_are_within_the_targets_for_twenty_seeds": "planning/test_simulated.py::test_sizes_are_within_the_targets_on_every_curve_and_mix",
     "langchain/test_state.py::test_worker_process": "langchain/test_state.py::test_forked_child_loads_its_own",
 }
