@@ -65,19 +65,30 @@ def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int)
             st = build(spec.model, device=device.name, **options).eval()
     except MemsafeError:
         raise
-    except Exception as error:  # whatever a damaged file makes of itself: pickle, zip, JSON, shapes, types
+    except BaseException as error:  # whatever a damaged file makes of itself: pickle, zip, JSON, shapes, types
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a Rust library
+            raise
         if isinstance(error, TypeError) and "argument" in str(error):
             raise ConfigError(f"options: {error}") from error
         if not is_out_of_memory(error):
             kind = ModelNotFoundError if isinstance(error, OSError) else ModelError
-            raise kind(f"model: {spec.model!r} cannot be loaded: {type(error).__name__}: {error}") from error
+            where = weights.damaged(checkpoint) if isinstance(error, ValueError) else ""
+            raise kind(f"model: {spec.model!r} cannot be loaded: {type(error).__name__}: {error}{where}") from error
     if st is None:  # outside the block above, whose traceback holds what was loaded so far
         device.release()
         need = checkpoint.bytes_as(target) if checkpoint is not None else 0
         raise weights.too_large(spec.model, checkpoint, need, device.snapshot().free_bytes, device.name)
     if checkpoint is None:  # a hub id that was not on this machine before
         checkpoint = weights.inspect(spec.model, kind=spec.kind, **known)
-    return LoadedModel(st, spec, device, policy, checkpoint.revision if checkpoint else "", spec.model)
+    try:
+        return LoadedModel(st, spec, device, policy, checkpoint.revision if checkpoint else "", spec.model)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, MemsafeError) or is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"model: {spec.model!r} was loaded but cannot be used: {type(error).__name__}: {error}; something in its "
+            "configuration has a value that it cannot have"
+        ) from error
 
 
 _loading = threading.Lock()
