@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import importlib
 import logging
@@ -11,7 +10,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from memsafe.config import MemoryPolicy, cache_dir
@@ -27,7 +25,7 @@ from memsafe.machine import allocator
 from memsafe.machine.device import Device, open_device
 from memsafe.machine.heap import heap
 from memsafe.machine.store import CostStore
-from memsafe.models.loading import load
+from memsafe.models.loading import load, size_of
 from memsafe.models.model import LoadedModel, ModelSpec
 from memsafe.models.ways import Way
 from memsafe.planning.budget import MemoryBudget
@@ -83,14 +81,13 @@ class Engine:
         before = device.snapshot()
         baseline = before.allocated_bytes
         budget = self._budget(device, baseline)
-        given = spec.model if not isinstance(spec.model, str) else None
-        if given is not None:
-            # a loaded model stays as it is, and where it is; other devices get copies
-            if position == 0 and str(given.device) == device.name:
-                baseline -= sum(t.numel() * t.element_size() for t in (*given.parameters(), *given.buffers()))
-            else:
-                spec = replace(spec, model=copy.deepcopy(given).to(device.name))
-        self.models.append(load(spec, device, self.policy, budget.headroom_bytes(before)))
+        room_bytes = budget.headroom_bytes(before)
+        # a loaded model stays as it is, and where it is; other devices get copies
+        stays = not isinstance(spec.model, str) and position == 0 and str(spec.model.device) == device.name
+        if stays:
+            baseline -= size_of(spec.model)
+            room_bytes = device.total_bytes if budget.limit_bytes is None else budget.limit_bytes
+        self.models.append(load(spec, device, self.policy, room_bytes, copied=not stays))
         self._baselines.append(max(baseline, 0))
 
     def _budget(self, device: Device, baseline_bytes: int) -> MemoryBudget:
@@ -103,12 +100,14 @@ class Engine:
 
     def _attach(self) -> None:
         for model, baseline in zip(self.models, self._baselines, strict=True):
-            key = model.cost_key()
+            key, prior = model.cost_key(), model.cost_prior()
             cost = self._store.load(key) if self._store is not None else None
+            if cost is not None:
+                cost.expect(prior)
             runner = Runner(
                 model,
                 self.policy,
-                cost or CostModel(key, model.cost_prior()),
+                cost or CostModel(key, prior),
                 self._budget(model.device, baseline),
                 self.backlog,
                 remember=self._remember,

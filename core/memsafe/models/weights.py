@@ -15,7 +15,7 @@ from memsafe.config import format_bytes
 from memsafe.errors import ModelError, ModelNotFoundError, ModelTooLargeError
 from memsafe.models import folder as files
 
-__all__ = ["Checkpoint", "check_fits", "check_hub", "damaged", "inspect", "too_large"]
+__all__ = ["Checkpoint", "check_fits", "check_hub", "damaged", "given_too_large", "inspect", "too_large"]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # What tokenizers, and processors of other than text, are saved as.
@@ -164,6 +164,18 @@ def too_large(name: str, checkpoint: Checkpoint | None, need: int, room_bytes: i
         remedy = (
             f"choose a model of at most {room_bytes // 2 // 10**6:,}M parameters in half precision, or another device"
         )
+    return _too_large(name, need, room_bytes, device, remedy)
+
+
+def given_too_large(name: str, need: int, half_bytes: int, room_bytes: int, device: str) -> ModelTooLargeError:
+    """The same for a model that was handed in loaded."""
+    remedy = "raise MemoryPolicy(limit=...), or choose a smaller model or another device"
+    if half_bytes < need and half_bytes <= room_bytes:
+        remedy = f"as model.to(torch.bfloat16) it needs {format_bytes(half_bytes)} and would fit; or raise MemoryPolicy(limit=...)"
+    return _too_large(name, need, room_bytes, device, remedy)
+
+
+def _too_large(name: str, need: int, room_bytes: int, device: str, remedy: str) -> ModelTooLargeError:
     needs = format_bytes(need) if need else "more than there is"
     return ModelTooLargeError(
         f"the weights of {name} need {needs}, but {format_bytes(max(room_bytes, 0))} are free for this on {device}; {remedy}",
