@@ -15,12 +15,13 @@ from typing import Any
 from memsafe.config import MemoryPolicy, cache_dir
 from memsafe.engine import reaper
 from memsafe.engine.feeding import feed
+from memsafe.engine.hooks import Hooks
 from memsafe.engine.jobs import Backlog, Job
-from memsafe.engine.lanes import lanes_of, scheduling_lock
+from memsafe.engine.lanes import in_a_lane, lanes_of, scheduling_lock
 from memsafe.engine.runner import Runner
 from memsafe.engine.sinks import Rows
 from memsafe.errors import BusyError, ClosedError, ConfigError
-from memsafe.events import Event, EventHook, InputsTruncated, ReportBuilder, RunReport
+from memsafe.events import EventHook, InputsTruncated, ReportBuilder, RunReport
 from memsafe.machine import allocator
 from memsafe.machine.device import Device, open_device
 from memsafe.machine.heap import heap
@@ -51,10 +52,12 @@ class Engine:
         hooks: Sequence[EventHook] = (),
     ) -> None:
         self.policy = policy
-        self._hooks = tuple(hooks)
-        for hook in self._hooks:
+        hooks = tuple(hooks)
+        for hook in hooks:
             if not callable(hook):
                 raise ConfigError(f"hooks: got a {type(hook).__name__}; give callables that take one event")
+        self._given_hooks = hooks
+        self._hooks = Hooks(hooks)
         state = allocator.configure(policy.alloc_conf)
         self._notes = (state.note,) if state.note and state.status not in ("set", "off") else ()
         if policy.strict_heap:
@@ -66,7 +69,6 @@ class Engine:
         self._pid = os.getpid()
         self._closed = False
         self._lock = threading.Lock()
-        self._hook_failed = False
         opened = [each if isinstance(each, Device) else open_device(each) for each in devices]
         reaper.settle()  # what the caller has just dropped may be what the new model needs
         for position, device in enumerate(opened):
@@ -140,10 +142,15 @@ class Engine:
     ) -> Job:
         """Open a job for `num_inputs` distinct inputs, to be given with :meth:`feed`, encoded in `way`."""
         self._check_usable()
+        if in_a_lane():
+            raise ConfigError(
+                "progress: the callback called the model again, in the thread that computes, which would wait for itself; "
+                "hand such work to another thread"
+            )
         if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
             raise ConfigError(f"max_rows: got {max_rows!r}; give an int of at least 1, or None for no cap")
         key = QueueKey((QUERY if urgent else BULK, max_rows, way.key))
-        emit = self._emit if self._hooks else None
+        emit = self._hooks if self._given_hooks else None
         job = Job(num_inputs, key, way.extras, ReportBuilder(), progress, emit, positions)
         most = self.policy.max_pending if self.policy.on_full == "raise" else None
         job.started = time.perf_counter()
@@ -177,6 +184,7 @@ class Engine:
             rows = job.result()
         finally:
             self._release(job)
+            self._hooks.settle()
         return rows, self._report(job, num_texts)
 
     def _report(self, job: Job, num_texts: int) -> RunReport:
@@ -211,15 +219,6 @@ class Engine:
         if job.emit is not None:
             job.emit(InputsTruncated(self.model.device.name, count, length))
 
-    def _emit(self, event: Event) -> None:
-        for hook in self._hooks:
-            try:
-                hook(event)
-            except Exception:
-                if not self._hook_failed:
-                    self._hook_failed = True
-                    log.exception("an event hook failed; later failures of hooks are not reported")
-
     # life
 
     def _check_usable(self) -> None:
@@ -238,6 +237,7 @@ class Engine:
                     )
             # a forked child has the weights but none of the threads, and locks in an unknown state
             self._pid = os.getpid()
+            self._hooks = Hooks(self._given_hooks)
             for model in self.models:
                 model.after_fork()
             self.backlog, self.runners = Backlog(scheduling_lock()), []
