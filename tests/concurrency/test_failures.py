@@ -377,7 +377,8 @@ def test_garbage_collection_under_any_lock_closes_what_was_dropped() -> None:
 
         def collect() -> Any:
             with engine.backlog.lock:
-                job = engine.start(1, way=way, urgent=False, max_rows=None)
+                job = engine.open(1, way=way, urgent=False, max_rows=None)
+                engine.announce(job)
                 engine.feed(job, ["wakes a lane"], way)
                 time.sleep(0.2)  # by now a lane waits for this queue, or looks at the device
                 dropped.clear()

@@ -130,7 +130,7 @@ class Engine:
 
     # one call
 
-    def start(
+    def open(
         self,
         num_inputs: int,
         *,
@@ -140,7 +140,8 @@ class Engine:
         progress: Callable[[int], None] | None = None,
         positions: Sequence[int] | None = None,
     ) -> Job:
-        """Open a job for `num_inputs` distinct inputs, to be given with :meth:`feed`, encoded in `way`."""
+        """Open a job for `num_inputs` distinct inputs, encoded in `way`: :meth:`announce` lets it in, :meth:`feed` gives it
+        inputs, and whatever happens between, :meth:`Job.cancel` takes it out again."""
         self._check_usable()
         if in_a_lane():
             raise ConfigError(
@@ -151,7 +152,11 @@ class Engine:
             raise ConfigError(f"max_rows: got {max_rows!r}; give an int of at least 1, or None for no cap")
         key = QueueKey((QUERY if urgent else BULK, max_rows, way.key))
         emit = self._hooks if self._given_hooks else None
-        job = Job(num_inputs, key, way.extras, ReportBuilder(), progress, emit, positions)
+        return Job(num_inputs, key, way.extras, ReportBuilder(), progress, emit, positions)
+
+    def announce(self, job: Job) -> None:
+        """Let `job` in. Raises :class:`BusyError` where the policy says not to wait."""
+        num_inputs = job.writer.num_rows
         most = self.policy.max_pending if self.policy.on_full == "raise" else None
         job.started = time.perf_counter()
         job.process_bytes_before = [model.device.process_bytes() for model in self.models]
@@ -161,7 +166,6 @@ class Engine:
                 f"{waiting} inputs wait already and this call has {num_inputs}, but max_pending is {most}; call again "
                 "later, or use on_full='wait'"
             )
-        return job
 
     def way(self, prompt: str | None, options: Mapping[str, Any]) -> Way:
         """How inputs of a call with `prompt` and the model's own `options` are encoded; see `models/tokenizing.py`."""
