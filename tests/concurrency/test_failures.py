@@ -146,6 +146,7 @@ def test_a_bad_text_reaches_its_caller_alone(device: SimulatedDevice) -> None:
         assert all(call.result(PATIENCE_S).shape == (30, 8) for call in good)
 
 
+@pytest.mark.cuts
 def test_an_input_too_large_reaches_its_caller_alone() -> None:
     """Of two calls that share the device, only the one whose text cannot fit gets InputTooLargeError."""
     device = SimulatedDevice("96MiB")

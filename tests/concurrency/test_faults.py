@@ -132,7 +132,9 @@ def test_faults_anywhere(where: set[str], kind: str, rate: float, seed: int) -> 
     """Four calls of a model whose surroundings fail, two of a neighbour on the device: each ends, with its rows or an error; the
     neighbour's with its rows, unless what both stand on fails; afterwards both work, and nothing is left over."""
     device, faults = SimulatedDevice("96MiB", kind=kind), Faults(seed, 0.0)
-    embedder = SimulatedEmbedder(device, memory=POLICY, hooks=[lambda event: "hook" in where and faults.maybe()], **COSTS)
+    embedder = SimulatedEmbedder(
+        device, memory=POLICY, hooks=[lambda event: "hook" in where and faults.maybe()], **COSTS
+    )
     other = SimulatedEmbedder(device, memory=POLICY, **COSTS)
     with SimulatedEmbedder(SimulatedDevice("1TiB"), memory=POLICY, **COSTS) as quiet, embedder, other:
         for place in where:
@@ -150,7 +152,9 @@ def test_faults_anywhere(where: set[str], kind: str, rate: float, seed: int) -> 
                 assert where & SHARED.keys(), f"a neighbour was harmed: {error!r}"
         faults.rate = 0.0
         lanes = lanes_of(device)
-        wait_until(lambda: lanes.scheduler.idle and lanes._waiting == len(lanes._threads), "lanes that have seen it all")
+        wait_until(
+            lambda: lanes.scheduler.idle and lanes._waiting == len(lanes._threads), "lanes that have seen it all"
+        )
         for model in (embedder, other):
             again = start(model.embed_documents, inputs[0])
             assert np.array_equal(again.result(PATIENCE_S), quiet.embed_documents(inputs[0]))

@@ -56,6 +56,8 @@ def test_models_of_which_a_part_is_cached(tmp_path: Path) -> None:
     assert "org/tokenizer-first/model.safetensors" in asked  # so that the test tests something
 
 
+# peft calls it, of transformers
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_an_adapter_whose_base_is_elsewhere(tmp_path: Path) -> None:
     """A folder with only a LoRA adapter loads as upstream loads it, and its base's weights are counted."""
     peft = pytest.importorskip("peft")
@@ -82,6 +84,8 @@ def test_an_adapter_whose_base_is_elsewhere(tmp_path: Path) -> None:
     assert found.revision != revision
 
 
+# a second adapter is the point
+@pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute:UserWarning")
 def test_a_switched_adapter_reaches_a_handed_in_model(tmp_path: Path) -> None:
     """Adapters that the user switches on the object that he handed in are those that our rows are made with."""
     peft = pytest.importorskip("peft")
