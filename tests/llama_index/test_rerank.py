@@ -69,7 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.peers
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.cuts("short")
+@pytest.mark.cuts(r"\[short\]")
 def test_scores_and_order_are_upstreams(name: str, make_rerank_pair: Any, passages: list[str]) -> None:
     """Same nodes, same order, same scores (python floats) on a real cross-encoder, sync and async."""
     if name == "prompt" and "prompts" not in inspect.signature(CrossEncoder.__init__).parameters:

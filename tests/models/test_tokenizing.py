@@ -193,7 +193,7 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
 
 
 @pytest.mark.parametrize("default", ["document", "query", None])
-@pytest.mark.cuts("document|query")
+@pytest.mark.cuts(r"\[(document|query)\]")
 def test_queries_and_documents_take_their_routes(routed: SentenceTransformer, default: str | None) -> None:
     """embed_queries is encode_query and embed_documents encode_document, with any default route and none."""
     routed[0].default_route = default
