@@ -69,8 +69,9 @@ class Overhead(Peer):
     def _job(self, inputs: list[str]) -> tuple[Any, list[Any]]:
         from memsafe.planning.batch import TokenizedInput
 
-        way = self.engine.model.encoder.way()
-        job = self.engine.start(len(inputs), way=way, urgent=False, max_rows=None)
+        way = self.engine.way(None, {})
+        job = self.engine.open(len(inputs), way=way, urgent=False, max_rows=None)
+        self.engine.announce(job)
         encoded = way.encode(inputs)
         items = [TokenizedInput(i, e.input_ids, e.token_type_ids, job=job) for i, e in enumerate(encoded)]
         return job, items

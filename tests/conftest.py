@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -112,6 +113,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
             return (yield)  # type: ignore[misc]
         finally:
             _watchdog.deadline = float("inf")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """A test marked `cuts` gives texts that are too long, on its way to something else: the warning that says so must come."""
+    marker = pyfuncitem.get_closest_marker("cuts")
+    if marker is None or (marker.args and not re.search(marker.args[0], pyfuncitem.name)):
+        return (yield)
+    with pytest.warns(UserWarning, match=r"longer than [\d,]+ tokens and cut there"):
+        return (yield)
 
 
 def pytest_unconfigure() -> None:

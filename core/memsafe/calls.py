@@ -178,8 +178,9 @@ class Model:
         engine = self._engine
         show = bool(options.show_progress)
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
-            job = self._start(distinct, way, options, progress)
+            job = self._open(distinct, way, options, progress)
             try:
+                engine.announce(job)
                 engine.feed(job, distinct.values, way)
                 rows, report = engine.finish(job, num_texts=len(values))
             except InputTooLargeError as error:
@@ -198,8 +199,9 @@ class Model:
         show = bool(options.show_progress)
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
             way = await in_thread(self._way, options)
-            job = self._start(distinct, way, options, progress)
+            job = self._open(distinct, way, options, progress)
             try:
+                engine.announce(job)
                 await in_thread(engine.feed, job, distinct.values, way)
                 await asyncio.wrap_future(job.future)
                 rows, report = await in_thread(engine.finish, job, num_texts=len(values))
@@ -211,10 +213,10 @@ class Model:
                 raise
         return distinct.spread(rows), report
 
-    def _start(
+    def _open(
         self, distinct: inputs.Distinct, way: Way, options: Options, progress: Callable[[int], None] | None
     ) -> Any:
-        return self._engine.start(
+        return self._engine.open(
             len(distinct.values),
             way=way,
             urgent=options.kind == "query" if options.urgent is None else options.urgent,

@@ -108,7 +108,8 @@ class Embedder(Model):
             urgent: whether the call goes before bulk work that waits; None: queries do.
             precision: float32, int8, uint8, binary, ubinary, as sentence-transformers' ``quantize_embeddings``.
             max_rows: the most texts in one micro-batch.
-            show_progress: a tqdm bar; progress: called with the number of texts just finished.
+            show_progress: a tqdm bar; progress: called with the number of texts just finished, in the thread that computed
+                them, which waits for it; what it raises is raised here.
             Whatever else the model's own modules take in ``encode``, such as ``task`` (see ``get_model_kwargs()``), goes to them.
 
         Raises:

@@ -107,7 +107,9 @@ class InputsTruncated(Event):
 
 @runtime_checkable
 class EventHook(Protocol):
-    """Anything callable with an event. Called from worker threads, outside locks; an exception in it is logged, once."""
+    """Anything callable with an event. Called with one after another, in a thread that nothing else waits for: it may take its
+    time, or call the model again. All events of a call have been told when it returns, unless one takes seconds. An
+    exception in it is logged, once."""
 
     def __call__(self, event: Event, /) -> None: ...
 

@@ -146,6 +146,7 @@ def test_a_bad_text_reaches_its_caller_alone(device: SimulatedDevice) -> None:
         assert all(call.result(PATIENCE_S).shape == (30, 8) for call in good)
 
 
+@pytest.mark.cuts
 def test_an_input_too_large_reaches_its_caller_alone() -> None:
     """Of two calls that share the device, only the one whose text cannot fit gets InputTooLargeError."""
     device = SimulatedDevice("96MiB")
@@ -377,7 +378,8 @@ def test_garbage_collection_under_any_lock_closes_what_was_dropped() -> None:
 
         def collect() -> Any:
             with engine.backlog.lock:
-                job = engine.start(1, way=way, urgent=False, max_rows=None)
+                job = engine.open(1, way=way, urgent=False, max_rows=None)
+                engine.announce(job)
                 engine.feed(job, ["wakes a lane"], way)
                 time.sleep(0.2)  # by now a lane waits for this queue, or looks at the device
                 dropped.clear()

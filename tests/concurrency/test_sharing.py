@@ -157,6 +157,7 @@ def _nothing():
     return nullcontext()
 
 
+@pytest.mark.cuts
 def test_replicas_of_a_real_model(minilm: str, passages: list[str]) -> None:
     """``device=["cpu", "cpu"]`` gives the rows of one device, in the caller's order."""
     some = passages[:40]

@@ -125,7 +125,8 @@ class Storm:
     def cancelled(self, model: Any, texts: list[str]) -> None:
         engine = model._engine
         way = engine.way(None, {})
-        job = engine.start(len(texts), way=way, urgent=False, max_rows=None)
+        job = engine.open(len(texts), way=way, urgent=False, max_rows=None)
+        engine.announce(job)
         engine.feed(job, texts, way)
         job.cancel()
         with suppress(CancelledError):

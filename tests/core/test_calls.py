@@ -44,6 +44,7 @@ def test_copies_carry_the_settings_and_load_on_first_use(tmp_path: Path, way: An
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.cuts
 def test_copies_of_a_reranker(demo_reranker: str, way: Any) -> None:
     """The same for a Reranker, its own options included."""
     with Reranker(

@@ -240,6 +240,7 @@ def test_bad_construction(minilm: str, options: dict[str, Any], words: str) -> N
 @pytest.mark.parametrize(
     ("architecture", "kept"), [("bert", 64), ("xlm_roberta", 64), ("distilbert", 64), ("modernbert", 300)]
 )
+@pytest.mark.cuts
 def test_lengths_beyond_the_positions(architecture: str, kept: int, tmp_path: Path) -> None:
     """A table of positions that was learnt has an end, where inputs are cut with a warning; rotary positions have none."""
     folder = save_embedder(tmp_path, architecture, max_positions=64, max_length=32)

@@ -84,6 +84,7 @@ def test_activations(reranker: Reranker, reference: CrossEncoder, demo_reranker:
         close(ours.score_pairs(PAIRS, activation_fn=sigmoid), reference.predict(PAIRS, activation_fn=sigmoid))
 
 
+@pytest.mark.cuts
 def test_rerank(reranker: Reranker, reference: CrossEncoder) -> None:
     """rerank sorts by score, equal scores in the caller's order, as CrossEncoder.rank; score and Python types agree."""
     ranked = reranker.rerank(QUERY, DOCUMENTS)
@@ -97,6 +98,7 @@ def test_rerank(reranker: Reranker, reference: CrossEncoder) -> None:
 
 
 @pytest.mark.parametrize(("top_n", "count"), [(None, 6), (0, 0), (1, 1), (6, 6), (100, 6)])
+@pytest.mark.cuts
 def test_top_n(reranker: Reranker, top_n: int | None, count: int) -> None:
     """top_n None or larger than the list gives all, 0 none."""
     ranked = reranker.rerank(QUERY, DOCUMENTS, top_n=top_n)
@@ -166,6 +168,7 @@ def test_only_second(tmp_path: Path) -> None:
         Reranker(folder, truncation="head")
 
 
+@pytest.mark.cuts
 async def test_async(reranker: Reranker) -> None:
     """The async methods give the same numbers."""
     got, expected = await reranker.arerank(QUERY, DOCUMENTS, top_n=2), reranker.rerank(QUERY, DOCUMENTS, top_n=2)

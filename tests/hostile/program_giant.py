@@ -6,6 +6,7 @@ python program_giant.py WAY FOLDER CHARS
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,10 @@ def giant(unit: str) -> str:
     return (unit * (num_chars // len(unit) + 1))[:num_chars]
 
 
+def any_of(first: int, last: int) -> str:
+    return giant("".join(random.Random(0).choices([chr(code) for code in range(first, last)], k=99_991)))
+
+
 TEXTS = {
     "words": giant("a few words of a text that never ends, "),
     "no spaces": giant("你好世界這是一個沒有空格的文本"),
@@ -32,6 +37,10 @@ TEXTS = {
     "digits": giant("0123456789abcdef"),
     "marks": giant("!?"),
     "unknown": giant("\U0001f9ec"),
+    "emoji": any_of(0x1F300, 0x1F6FF),
+    "accents": "e" + any_of(0x300, 0x36F),
+    "runs of spaces": giant(" " * 4095 + "x"),
+    "runs of letters": giant("ab" * 2047 + "c "),
 }
 
 

@@ -111,6 +111,7 @@ def test_a_thousand_calls_leave_nothing_behind(long_context: Path) -> None:
     assert told["after"] - told["before"] < 8 * MiB
 
 
+@pytest.mark.cuts
 def test_a_thousand_failures_leave_nothing_on_a_device() -> None:
     """1,000 calls on a simulated accelerator, one in four with an input that cannot be done: exactly the weights stay."""
     device = SimulatedDevice("256MiB")

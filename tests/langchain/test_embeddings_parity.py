@@ -123,6 +123,7 @@ def test_default_prompt(minilm: str) -> None:
     )
 
 
+@pytest.mark.cuts
 def test_long_texts(theirs: Peer, mine: MemsafeEmbeddings, passages: list[str]) -> None:
     """Texts longer than the model takes are cut where upstream cuts them, among shorter ones."""
     texts = [max(passages, key=len), "short", "word " * 2000]

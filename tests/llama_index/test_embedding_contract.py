@@ -318,6 +318,7 @@ def test_which_route_is_taken(tiny: str, core_calls: CoreCalls) -> None:
 # --- Async ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cuts
 async def test_the_event_loop_stays_free(plain: str, passages: list[str]) -> None:
     """While a batch is embedded the loop keeps turning: no gap is longer than a fraction of the work."""
     model = MemsafeEmbedding(plain, device="cpu")
@@ -365,6 +366,7 @@ async def test_concurrent_calls_all_get_their_own_rows(ours: MemsafeEmbedding) -
     assert np.allclose(results[23], expected, atol=1e-5)
 
 
+@pytest.mark.cuts
 async def test_a_cancelled_batch_ends_its_events(plain: str, passages: list[str]) -> None:
     """Cancelling a batch raises CancelledError, closes every callback, and the next call works."""
     model = MemsafeEmbedding(plain, device="cpu")

@@ -39,6 +39,7 @@ TOLERANCE = {"half precision": 5e-3}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.cuts
 def test_numbers_are_upstreams(name: str, make_pair: Any, passages: list[str]) -> None:
     """Queries, texts and batches of real passages come out as upstream's, for every option, in every method."""
     theirs, ours = make_pair(**OPTIONS[name])

@@ -50,6 +50,7 @@ def test_class_name(ours: MemsafeEmbedding) -> None:
 
 
 @pytest.mark.parametrize("way", ["dict", "json"])
+@pytest.mark.cuts
 def test_a_dictionary_builds_an_equal_object(tiny: str, way: str) -> None:
     """Difference: from_dict(to_dict()) works (upstream: TypeError) and embeds alike; JSON too."""
     options: dict[str, Any] = {"query_instruction": "Q: ", "prompts": {"text": "T: "}, "truncate_dim": 16}

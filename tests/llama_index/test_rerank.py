@@ -69,6 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.peers
 @pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.cuts(r"\[short\]")
 def test_scores_and_order_are_upstreams(name: str, make_rerank_pair: Any, passages: list[str]) -> None:
     """Same nodes, same order, same scores (python floats) on a real cross-encoder, sync and async."""
     if name == "prompt" and "prompts" not in inspect.signature(CrossEncoder.__init__).parameters:
@@ -303,6 +304,7 @@ def test_memory_and_callback_manager_are_arguments(tiny_cross: str) -> None:
     model.callback_manager = CallbackManager([])
 
 
+@pytest.mark.cuts
 async def test_the_event_loop_stays_free(reranker: MemsafeRerank, passages: list[str]) -> None:
     """While nodes are scored the loop keeps turning."""
     gaps: list[float] = []
@@ -367,6 +369,7 @@ QUERIES = {"short": "a river", "long": "which river " * 150, "longer": "which ri
 
 
 @pytest.mark.parametrize("query", QUERIES)
+@pytest.mark.cuts
 def test_from_flag_gives_flags_numbers(tiny_cross: str, query: str) -> None:
     """Raw logits; the query is cut at 3/4 of 512 tokens, then only the passage gives way."""
     texts = ["a short passage", "the plain is wide " * 30, "a river crosses the plain " * 300]
@@ -394,6 +397,7 @@ def test_from_flag_options(tiny_cross: str) -> None:
     assert model.reranker.max_length == 512
 
 
+@pytest.mark.cuts
 def test_from_flag_in_words(tiny_cross: str) -> None:
     """The constructor's raw_scores, truncation and query_max_length give what from_flag gives, as the page says."""
     words = {"raw_scores": True, "truncation": "only_second", "query_max_length": 384}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from memsafe.models.content import ContentTokenizer
+from memsafe.models.content import ContentTokenizer, Cutter
 from memsafe.models.words import Words
 from tests.tiny_models import minilm_folder
 
@@ -81,6 +81,10 @@ def mixed(seed: int, num_chars: int) -> str:
     return text
 
 
+def any_of(codes: range, num_chars: int) -> str:
+    return "".join(random.Random(0).choices([chr(code) for code in codes], k=num_chars))
+
+
 GIANTS = {
     "words": filled("the quick brown fox ", 150_000),
     "unspaced": filled("你好世界這是一個没有空格的文本", 60_000),
@@ -92,6 +96,10 @@ GIANTS = {
     "digits": "x0123456789abcdef" * 9000,
     "combining": "e" + "\u0301" * 50_000 + " dog",
     "unknown": "\U0001f9ec" * 50_000 + " the dog",
+    "emoji": any_of(range(0x1F300, 0x1F6FF), 40_000) + " the dog",
+    "accents": "e" + any_of(range(0x300, 0x36F), 40_000) + " dog",
+    "runs of spaces, just too short": (" " * 4095 + "x") * 20,
+    "runs of letters, just too short": ("a" * 4095 + " ") * 20,
     **{f"mixed {seed}": mixed(seed, 60_000) for seed in range(12)},
 }
 
@@ -114,30 +122,94 @@ def test_a_cut_text_has_the_tokens_of_the_whole_one(content: ContentTokenizer, n
         assert whole_ids(content, piece)[:need] == wanted[:need]
 
 
-@pytest.mark.parametrize("name", ["words", "unspaced", "spaces", "lines", "one letter", "digits", "unknown"])
-def test_no_text_costs_more_than_a_long_one(name: str) -> None:
+ENDLESS = {
+    "words": "the fox ",
+    "unspaced": "你好世界",
+    "spaces": " ",
+    "lines": " \n",
+    "one letter": "a",
+    "digits": "0a1",
+    "unknown": "\U0001f9ec",
+}
+
+
+class Counting(ContentTokenizer):
+    """Notes how many characters go to the tokenizer at a time."""
+
+    def __init__(self, backend: Any) -> None:
+        self.seen: list[int] = []
+        super().__init__(backend)
+
+    def _encode(self, texts: Any) -> list[bytes]:
+        self.seen.append(sum(map(len, texts)))
+        return super()._encode(texts)
+
+
+@pytest.mark.parametrize("unit", ENDLESS.values(), ids=ENDLESS)
+def test_no_text_costs_more_than_a_long_one(unit: str) -> None:
     """What reaches BERT's tokenizer of a text of two million characters is a few thousand of them."""
-    seen: list[int] = []
-
-    class Counting(ContentTokenizer):
-        def _encode(self, texts: Any) -> list[bytes]:
-            seen.extend(map(len, texts))
-            return super()._encode(texts)
-
-    unit = {
-        "words": "the fox ",
-        "unspaced": "你好世界",
-        "spaces": " ",
-        "lines": " \n",
-        "one letter": "a",
-        "digits": "0a1",
-    }
-    text = "the " + filled(unit.get(name, "\U0001f9ec"), 2_000_000)
+    text = "the " + filled(unit, 2_000_000)
     content = Counting(wordpiece())
     for left in (False, True):
         content.ids([text], 256, left)
         content.pieces([text], 256, left)
-    assert max(seen) < 20_000
+    assert max(content.seen) < 40_000
+
+
+ATTACKS = {
+    "emoji without a space": lambda: any_of(range(0x1F300, 0x1F6FF), 700_000),
+    "accents only": lambda: "e" + any_of(range(0x300, 0x36F), 700_000),
+    "letters without a space": lambda: any_of(range(0xE01, 0xE2E), 700_000),
+    "spaces, just too few": lambda: (" " * 4095 + "x") * 170,
+    "letters, just too few": lambda: ("ab" * 2047 + "c ") * 170,
+    "one letter, just too few": lambda: ("\U0001f9ec" * 4095 + " ") * 170,
+    "many letters, each too often": lambda: "".join(chr(0x1200 + place) * 4100 + " " for place in range(170)),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_text_of_which_next_to_nothing_comes(attack: str, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """700,000 characters that never give the 256 tokens that are needed: they go to the tokenizer in parts, within seconds. Where
+    text is wanted it ends, and that is said. (They went whole, three times at once; and looking for runs took the square of one.)"""
+    text, content = ATTACKS[attack](), Counting(KINDS[kind]())
+    started = time.perf_counter()
+    for left in (False, True):
+        content.ids([text], 256, left)
+        (piece,) = content.pieces([text], 256, left)
+        assert len(piece) <= 1 << 18
+    assert max(content.seen) <= 3 << 17
+    assert time.perf_counter() - started < 20
+    if len(np.frombuffer(content._encode([piece])[0], np.int32)) < 256:
+        assert "is cut to" in caplog.text and text[:20] not in caplog.text
+    assert len(content._runs._same) <= 20
+
+
+def test_a_slow_tokenizer_is_spared_too() -> None:
+    """One in Python, of which only its call is known: endless runs are shortened, the rest is cut, and what follows is kept."""
+    seen: list[int] = []
+
+    def encode(texts: Any) -> list[bytes]:
+        seen.append(sum(map(len, texts)))
+        return [np.array([len(word) for word in text.split()], np.int32).tobytes() for text in texts]
+
+    (piece, _), (short, _), (accents, _) = Cutter(encode).cut(
+        ["a" + " " * 3_000_000 + "dog", "the fox " * 300_000, ATTACKS["accents only"]()], 256, False, encode_short=False
+    )
+    assert piece.endswith("dog") and len(piece) < 10_000 and len(short) < 10_000 and len(accents) <= 1 << 18
+    assert max(seen) <= 3 << 17
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_parts_of_a_text_have_the_tokens_of_the_whole(left: bool) -> None:
+    """Where parts end at spaces, for a tokenizer that treats words apart, nothing differs, however long the text."""
+    words = ["".join(random.Random(place).choices("0123456789abcdef", k=3000)) for place in range(250)]
+    text = " ".join(words) + " the quick brown fox"
+    content = Counting(wordpiece())
+    ids = np.frombuffer(content.ids([text], 256, left)[0], np.int32).tolist()
+    assert ids == whole_ids(content, text) and len(ids) == 254
+    assert max(content.seen[:-1]) <= 1 << 18
 
 
 def test_words_give_what_texts_give() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoModel
 
 from memsafe import Embedder, ModelError, Reranker
+from memsafe.machine.store import CostStore
 from memsafe.models import loading
 from memsafe.models.probes import Call
+from memsafe.planning.batch import BatchShape
+from memsafe.planning.cost import CostModel
 from tests import tiny_models as models
 from tests.models.hub import hub
 from tests.tiny_models import own_rows
@@ -52,6 +56,8 @@ def test_models_of_which_a_part_is_cached(tmp_path: Path) -> None:
     assert "org/tokenizer-first/model.safetensors" in asked  # so that the test tests something
 
 
+# peft calls it, of transformers
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_an_adapter_whose_base_is_elsewhere(tmp_path: Path) -> None:
     """A folder with only a LoRA adapter loads as upstream loads it, and its base's weights are counted."""
     peft = pytest.importorskip("peft")
@@ -78,6 +84,8 @@ def test_an_adapter_whose_base_is_elsewhere(tmp_path: Path) -> None:
     assert found.revision != revision
 
 
+# a second adapter is the point
+@pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute:UserWarning")
 def test_a_switched_adapter_reaches_a_handed_in_model(tmp_path: Path) -> None:
     """Adapters that the user switches on the object that he handed in are those that our rows are made with."""
     peft = pytest.importorskip("peft")
@@ -236,3 +244,23 @@ def test_a_model_that_is_handed_in_stays_as_it_was(tmp_path: Path, architecture:
         theirs.train()
     ours.close()
     assert settings_of(theirs) == before
+
+
+def test_kept_costs_follow_todays_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements of another day are used, the formula that was kept with them is not; and other versions of the software,
+    whose kernels may need other memory, have costs of their own."""
+    monkeypatch.setenv("MEMSAFE_CACHE_DIR", str(tmp_path / "cache"))
+    folder = str(models.save_embedder(tmp_path / "model", "bert"))
+    with Embedder(folder, device="cpu") as embedder:
+        model = embedder._engine.model
+        key, prior = model.cost_key(), model.cost_prior()
+    old = CostModel(key, replace(prior, per_token_bytes=10 * prior.per_token_bytes))
+    old.observe(BatchShape.of([64] * 8, packed=True), 10_000_000, 12_000_000)
+    assert CostStore(tmp_path / "cache" / "costs").save(old)
+    with Embedder(folder, device="cpu") as embedder:
+        cost = embedder._engine.runners[0].tenant.ledger.cost
+        assert cost.num_observations == 1 and cost.prior == prior
+        for package in ("memsafe", "torch", "transformers"):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"{package}.__version__", "0.0.0")
+                assert embedder._engine.model.cost_key().digest() != key.digest()

@@ -91,6 +91,7 @@ def typed_gpt2(folder: Path, *, cls_type: int = 0) -> Path:
 
 
 @pytest.mark.parametrize("cls_type", [0, 2])
+@pytest.mark.cuts
 def test_types_of_single_texts_reach_the_model(tmp_path: Path, cls_type: int) -> None:
     """All zero or not: a model that adds types to its word embeddings gives encode's rows, packed or padded."""
     folder = str(typed_gpt2(tmp_path, cls_type=cls_type))
@@ -192,6 +193,7 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
 
 
 @pytest.mark.parametrize("default", ["document", "query", None])
+@pytest.mark.cuts(r"\[(document|query)\]")
 def test_queries_and_documents_take_their_routes(routed: SentenceTransformer, default: str | None) -> None:
     """embed_queries is encode_query and embed_documents encode_document, with any default route and none."""
     routed[0].default_route = default
@@ -215,6 +217,7 @@ class Scaled(st_models.Transformer):
         return features
 
 
+@pytest.mark.cuts
 def test_call_options_of_a_module_are_passed_on_and_share_nothing(tmp_path: Path) -> None:
     """task= and any keyword of a module reach its forward; calls with other options never run together."""
     folder = str(save_embedder(tmp_path, "bert"))
@@ -237,6 +240,7 @@ def test_the_task_of_a_plain_model_changes_nothing(minilm: str) -> None:
 
 
 @needs_router
+@pytest.mark.cuts
 def test_lengths_by_task(tmp_path: Path) -> None:
     """query_length and document_length cut queries and documents, and reports name the length."""
     folder = save_embedder(tmp_path, "bert")
@@ -264,6 +268,7 @@ def test_lengths_by_task(tmp_path: Path) -> None:
         {"text": {"padding": "max_length", "max_length": 48}},
     ],
 )
+@pytest.mark.cuts
 def test_saved_settings_of_single_texts(tmp_path: Path, saved: dict[str, Any]) -> None:
     """max_length and padding in processing_kwargs, below and above the model's own length."""
     folder = save_embedder(tmp_path, "bert", max_length=128)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import struct
@@ -121,6 +122,43 @@ def test_running_out_while_loading_is_the_same_error(embedder_folder: Path, monk
     assert caught.value.need_bytes > MiB
     assert caught.value.__cause__ is None and caught.value.__context__ is None  # they would keep what was loaded
     Embedder(str(embedder_folder), device="cpu").close()
+
+
+@pytest.mark.parametrize("devices", ["cpu", ["cpu", "cpu"]])
+def test_a_loaded_model_beyond_the_limit_is_refused(embedder_folder: Path, devices: Any) -> None:
+    """Handed in as it is, or to be copied: refused when the Embedder is made, as its folder is, with need, room and a remedy; a
+    second copy counts as well. Left as it was, it is used where the limit allows it."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(embedder_folder), device="cpu")
+    need = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    for limit, words in ((need // 3, "smaller model"), (need * 2 // 3, r"torch.bfloat16\) it needs 1.* and would fit")):
+        for given in (model, str(embedder_folder)):
+            with pytest.raises(ModelTooLargeError) as caught:
+                Embedder(given, device=devices, memory=MemoryPolicy(limit=limit, reserve=0))
+            assert caught.value.need_bytes == pytest.approx(need, rel=0.01) and caught.value.free_bytes <= limit
+        with pytest.raises(ModelTooLargeError, match=words):
+            Embedder(model, device=devices, memory=MemoryPolicy(limit=limit, reserve=0))
+    with Embedder(model, device=devices, memory=MemoryPolicy(limit=need + 64 * MiB, reserve=0)) as embedder:
+        assert embedder.embed_documents(["a"]).shape == (1, 32)
+
+
+def test_running_out_while_copying_is_the_same_error(embedder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loaded model for two devices, of which the second lacks room after all: ModelTooLargeError, nothing is kept."""
+    from sentence_transformers import SentenceTransformer
+
+    model, deepcopy = SentenceTransformer(str(embedder_folder), device="cpu"), copy.deepcopy
+
+    def out_of_memory(value: Any, *memo: Any) -> Any:
+        if value is not model:
+            return deepcopy(value, *memo)
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copy, "deepcopy", out_of_memory)
+        with pytest.raises(ModelTooLargeError) as caught:
+            Embedder(model, device=["cpu", "cpu"])
+    assert caught.value.__cause__ is None and caught.value.__context__ is None
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------

@@ -123,6 +123,8 @@ def llama_index_models(minilm: str, demo_reranker: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("make", [llama_index_chroma, llama_index_qdrant, llama_index_faiss, llama_index_lancedb])
+# by its integration
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect in the local Qdrant:UserWarning")
 def test_llama_index(
     make: Callable[[int, Path], Any], llama_index_models: tuple[Any, Any], contents: list[str], tmp_path: Path
 ) -> None:

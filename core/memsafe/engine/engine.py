@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import importlib
 import logging
@@ -11,23 +10,23 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from memsafe.config import MemoryPolicy, cache_dir
 from memsafe.engine import reaper
 from memsafe.engine.feeding import feed
+from memsafe.engine.hooks import Hooks
 from memsafe.engine.jobs import Backlog, Job
-from memsafe.engine.lanes import lanes_of, scheduling_lock
+from memsafe.engine.lanes import in_a_lane, lanes_of, scheduling_lock
 from memsafe.engine.runner import Runner
 from memsafe.engine.sinks import Rows
 from memsafe.errors import BusyError, ClosedError, ConfigError
-from memsafe.events import Event, EventHook, InputsTruncated, ReportBuilder, RunReport
+from memsafe.events import EventHook, InputsTruncated, ReportBuilder, RunReport
 from memsafe.machine import allocator
 from memsafe.machine.device import Device, open_device
 from memsafe.machine.heap import heap
 from memsafe.machine.store import CostStore
-from memsafe.models.loading import load
+from memsafe.models.loading import load, size_of
 from memsafe.models.model import LoadedModel, ModelSpec
 from memsafe.models.ways import Way
 from memsafe.planning.budget import MemoryBudget
@@ -53,10 +52,12 @@ class Engine:
         hooks: Sequence[EventHook] = (),
     ) -> None:
         self.policy = policy
-        self._hooks = tuple(hooks)
-        for hook in self._hooks:
+        hooks = tuple(hooks)
+        for hook in hooks:
             if not callable(hook):
                 raise ConfigError(f"hooks: got a {type(hook).__name__}; give callables that take one event")
+        self._given_hooks = hooks
+        self._hooks = Hooks(hooks)
         state = allocator.configure(policy.alloc_conf)
         self._notes = (state.note,) if state.note and state.status not in ("set", "off") else ()
         if policy.strict_heap:
@@ -68,7 +69,6 @@ class Engine:
         self._pid = os.getpid()
         self._closed = False
         self._lock = threading.Lock()
-        self._hook_failed = False
         opened = [each if isinstance(each, Device) else open_device(each) for each in devices]
         reaper.settle()  # what the caller has just dropped may be what the new model needs
         for position, device in enumerate(opened):
@@ -83,14 +83,13 @@ class Engine:
         before = device.snapshot()
         baseline = before.allocated_bytes
         budget = self._budget(device, baseline)
-        given = spec.model if not isinstance(spec.model, str) else None
-        if given is not None:
-            # a loaded model stays as it is, and where it is; other devices get copies
-            if position == 0 and str(given.device) == device.name:
-                baseline -= sum(t.numel() * t.element_size() for t in (*given.parameters(), *given.buffers()))
-            else:
-                spec = replace(spec, model=copy.deepcopy(given).to(device.name))
-        self.models.append(load(spec, device, self.policy, budget.headroom_bytes(before)))
+        room_bytes = budget.headroom_bytes(before)
+        # a loaded model stays as it is, and where it is; other devices get copies
+        stays = not isinstance(spec.model, str) and position == 0 and str(spec.model.device) == device.name
+        if stays:
+            baseline -= size_of(spec.model)
+            room_bytes = device.total_bytes if budget.limit_bytes is None else budget.limit_bytes
+        self.models.append(load(spec, device, self.policy, room_bytes, copied=not stays))
         self._baselines.append(max(baseline, 0))
 
     def _budget(self, device: Device, baseline_bytes: int) -> MemoryBudget:
@@ -103,12 +102,14 @@ class Engine:
 
     def _attach(self) -> None:
         for model, baseline in zip(self.models, self._baselines, strict=True):
-            key = model.cost_key()
+            key, prior = model.cost_key(), model.cost_prior()
             cost = self._store.load(key) if self._store is not None else None
+            if cost is not None:
+                cost.expect(prior)
             runner = Runner(
                 model,
                 self.policy,
-                cost or CostModel(key, model.cost_prior()),
+                cost or CostModel(key, prior),
                 self._budget(model.device, baseline),
                 self.backlog,
                 remember=self._remember,
@@ -129,7 +130,7 @@ class Engine:
 
     # one call
 
-    def start(
+    def open(
         self,
         num_inputs: int,
         *,
@@ -139,13 +140,23 @@ class Engine:
         progress: Callable[[int], None] | None = None,
         positions: Sequence[int] | None = None,
     ) -> Job:
-        """Open a job for `num_inputs` distinct inputs, to be given with :meth:`feed`, encoded in `way`."""
+        """Open a job for `num_inputs` distinct inputs, encoded in `way`: :meth:`announce` lets it in, :meth:`feed` gives it
+        inputs, and whatever happens between, :meth:`Job.cancel` takes it out again."""
         self._check_usable()
+        if in_a_lane():
+            raise ConfigError(
+                "progress: the callback called the model again, in the thread that computes, which would wait for itself; "
+                "hand such work to another thread"
+            )
         if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
             raise ConfigError(f"max_rows: got {max_rows!r}; give an int of at least 1, or None for no cap")
         key = QueueKey((QUERY if urgent else BULK, max_rows, way.key))
-        emit = self._emit if self._hooks else None
-        job = Job(num_inputs, key, way.extras, ReportBuilder(), progress, emit, positions)
+        emit = self._hooks if self._given_hooks else None
+        return Job(num_inputs, key, way.extras, ReportBuilder(), progress, emit, positions)
+
+    def announce(self, job: Job) -> None:
+        """Let `job` in. Raises :class:`BusyError` where the policy says not to wait."""
+        num_inputs = job.writer.num_rows
         most = self.policy.max_pending if self.policy.on_full == "raise" else None
         job.started = time.perf_counter()
         job.process_bytes_before = [model.device.process_bytes() for model in self.models]
@@ -155,7 +166,6 @@ class Engine:
                 f"{waiting} inputs wait already and this call has {num_inputs}, but max_pending is {most}; call again "
                 "later, or use on_full='wait'"
             )
-        return job
 
     def way(self, prompt: str | None, options: Mapping[str, Any]) -> Way:
         """How inputs of a call with `prompt` and the model's own `options` are encoded; see `models/tokenizing.py`."""
@@ -178,6 +188,7 @@ class Engine:
             rows = job.result()
         finally:
             self._release(job)
+            self._hooks.settle()
         return rows, self._report(job, num_texts)
 
     def _report(self, job: Job, num_texts: int) -> RunReport:
@@ -212,15 +223,6 @@ class Engine:
         if job.emit is not None:
             job.emit(InputsTruncated(self.model.device.name, count, length))
 
-    def _emit(self, event: Event) -> None:
-        for hook in self._hooks:
-            try:
-                hook(event)
-            except Exception:
-                if not self._hook_failed:
-                    self._hook_failed = True
-                    log.exception("an event hook failed; later failures of hooks are not reported")
-
     # life
 
     def _check_usable(self) -> None:
@@ -239,6 +241,7 @@ class Engine:
                     )
             # a forked child has the weights but none of the threads, and locks in an unknown state
             self._pid = os.getpid()
+            self._hooks = Hooks(self._given_hooks)
             for model in self.models:
                 model.after_fork()
             self.backlog, self.runners = Backlog(scheduling_lock()), []

@@ -26,7 +26,7 @@ from memsafe.planning.scheduler import Scheduler
 from memsafe.planning.tenant import Tenant
 from memsafe.planning.tidying import Seen, Tidy
 
-__all__ = ["Lanes", "lanes_of", "scheduling_lock"]
+__all__ = ["Lanes", "in_a_lane", "lanes_of", "scheduling_lock"]
 
 log = logging.getLogger("memsafe")
 
@@ -51,6 +51,14 @@ def lanes_of(device: Device) -> Lanes:
         if device.name not in _registry:
             _registry[device.name] = Lanes(device)
         return _registry[device.name]
+
+
+_here = threading.local()
+
+
+def in_a_lane() -> bool:
+    """Whether the calling thread runs micro-batches: whoever waits in it for another one may wait for itself."""
+    return getattr(_here, "lane", False)
 
 
 class _ChoosingError(Exception):
@@ -178,6 +186,7 @@ class Lanes:
                     raise
 
     def _lane(self) -> None:
+        _here.lane = True
         tools = _thread_tools(self.device)
         try:
             while (start := self._next()) is not None:

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import stat
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from typing import Any, Generic, NoReturn, TypeVar, get_type_hints
 
 import numpy as np
 
+from memsafe.machine.files import read_json
 from memsafe.planning.batch import BatchShape
 from memsafe.planning.cost import SCHEMA, CostKey, CostModel
 
@@ -30,9 +30,6 @@ _log = logging.getLogger("memsafe")
 
 _LARGEST_FILE_BYTES = 1 << 20
 """The largest of ours, a cost model with all its observations, takes about 10 KiB; anything beyond this is not ours."""
-_MOST_BRACKETS = 1000
-"""Ours have about a hundred. JSON is parsed by recursion in C, which overflows the stack, and kills the process, where a
-file is nested deeply and somebody has raised Python's limit."""
 
 Key = CostKey | Sequence[str]
 """What a value is valid for: strings, with their names or in a fixed order."""
@@ -48,9 +45,8 @@ class Store(Generic[Value]):
     Files are replaced in one step, so that readers and other writers, in this process or others, see a whole file; of
     two writers the later one wins. Whatever is wrong (a damaged or foreign file, another version, something that is no
     file, no permission, a full disk) is ignored, with one warning per store: a cache must never stop the work. Only
-    regular files are opened: reading a FIFO would wait for ever, a device might not end. Links to regular files are
-    followed, because a cache that is shipped with a container (a ConfigMap, a Nix store) consists of them; writing
-    replaces the link.
+    regular files are opened (see `files.py`). Links to such are followed, because a cache that is shipped with a
+    container (a ConfigMap, a Nix store) consists of them; writing replaces the link.
     """
 
     def __init__(
@@ -70,7 +66,7 @@ class Store(Generic[Value]):
         """The value of `key`; None if nothing usable is there."""
         path = self.path(key)
         try:
-            return self._decode(self._parse(_content(path), key))
+            return self._decode(self._parse(read_json(path, _LARGEST_FILE_BYTES, _refuse), key))
         except FileNotFoundError:
             return None
         except (ArithmeticError, LookupError, MemoryError, OSError, RecursionError, TypeError, ValueError) as error:
@@ -95,10 +91,7 @@ class Store(Generic[Value]):
             return False
         return True
 
-    def _parse(self, content: bytes, key: Key) -> dict[str, Any]:
-        if content.count(b"[") + content.count(b"{") > _MOST_BRACKETS:
-            raise ValueError("too deeply nested, or too long")
-        state = json.loads(content.decode("utf-8"), parse_constant=_refuse)
+    def _parse(self, state: Any, key: Key) -> dict[str, Any]:
         if not isinstance(state, dict) or state.get("schema") != self._schema:
             raise ValueError(f"not of version {self._schema}")
         if state.get("key") != _plain(key):
@@ -156,24 +149,6 @@ def read_fields(kind: type[Any], state: Mapping[str, Any]) -> dict[str, Any]:
         if number and not 0 <= value < math.inf:
             raise ValueError(f"{name} is out of range")
     return {name: float(state[name]) if wanted is float else state[name] for name, wanted in types.items()}
-
-
-def _content(path: Path) -> bytes:
-    """The bytes of a regular file; raises ``OSError`` and ``ValueError``. Nothing else is opened, except where it takes the
-    place of the file meanwhile; then it is not waited for."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a regular file")
-    with open(path, "rb", opener=_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("not a regular file")
-        content = file.read(_LARGEST_FILE_BYTES + 1) or b""  # None where the kernel would wait
-    if len(content) > _LARGEST_FILE_BYTES:
-        raise ValueError("too large")
-    return content
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
 
 
 def _plain(key: Key) -> Any:

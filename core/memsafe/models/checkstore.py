@@ -21,7 +21,7 @@ from memsafe.machine.store import Store, document, read_fields
 from memsafe.models.heads import HEADS
 from memsafe.models.selfcheck import SelfCheck, tolerance
 
-__all__ = ["CheckStore", "check_key"]
+__all__ = ["CheckStore", "check_key", "versions"]
 
 _SCHEMA = 4
 
@@ -33,16 +33,12 @@ def check_key(*, model: Any, spec: Mapping[str, Any], revision: str, card: str, 
     are now. spec: how it was asked for (kind, name, all load options). revision: of the files it came from, tokenizer
     and remote code among them. card: what its kernels run on. tokens: how its inputs are tokenised.
     """
-    versions = {
-        name: importlib.import_module(name).__version__
-        for name in ("memsafe", "sentence_transformers", "tokenizers", "torch", "transformers")
-    }
     modules = [
         (name, f"{type(module).__module__}.{type(module).__qualname__}", _settings(module))
         for name, module in model.named_modules()
     ]
     whole = {
-        "versions": versions,
+        "versions": versions("memsafe", "sentence_transformers", "tokenizers", "torch", "transformers"),
         "spec": _plain(dict(spec)),
         "revision": revision,
         "card": [card, tolerance(torch.float32, torch.device("cuda" if torch.cuda.is_available() else "cpu"))],
@@ -51,6 +47,11 @@ def check_key(*, model: Any, spec: Mapping[str, Any], revision: str, card: str, 
         "length": getattr(tokenizer, "model_max_length", None),
     }
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed version of each of `packages`."""
+    return {name: str(importlib.import_module(name).__version__) for name in packages}
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

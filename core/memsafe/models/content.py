@@ -6,14 +6,17 @@ Ids travel as bytes, four a token (int32, native order): slices and joins of the
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from memsafe.models.words import Words
 
 __all__ = ["BYTES_PER_CHAR", "ContentTokenizer", "Cutter"]
+
+log = logging.getLogger("memsafe")
 
 BYTES_PER_CHAR = 400
 """What tokenising takes meanwhile, at most: 95 were measured for English and BERT's tokenizer, 375 for Chinese, where each
@@ -24,9 +27,21 @@ _FIRST_CHARS = 1024
 _INT = 4  # bytes of an id
 _LONG_RUN = 4096
 """Runs of one kind of character may be shortened to this many where the tokenizer is seen not to care."""
-_RUNS = {r"\s": " \n\t\r\u00a0\u3000", r"[A-Za-z0-9]": "a1B2z9"}
-"""What a run consists of -> a probe of that kind."""
-_REPEATED = re.compile(f"(.)\\1{{{_LONG_RUN - 1}}}", re.DOTALL)
+_RUNS = {
+    re.compile(
+        f"(?<!{unit}){unit}{{{_LONG_RUN},}}"
+    ): probe  # tried where a run begins only: else it takes the square of one
+    for unit, probe in ((r"\s", " \n\t\r\u00a0\u3000"), ("[A-Za-z0-9]", "a1B2z9"))
+}
+"""Long runs of one kind of character -> a probe of that kind."""
+_REPEATED = re.compile(f"(.)(?<!\\1\\1)\\1{{{_LONG_RUN - 1}}}", re.DOTALL)
+_PROBES = 8
+"""Different characters whose long runs are looked at in one text."""
+_MOST_PROBES = 1024
+"""Characters of which it is remembered whether long runs of them matter."""
+_MOST_CHARS = 1 << 18
+"""Of a text in which so many characters, long runs shortened, give fewer tokens than are needed, this many at a time are
+tokenised: some 100 MB."""
 
 _SHIFTS = (1, 3)
 """A cut is sure if these many characters less give the same tokens: what depends on where a text ends shows then."""
@@ -42,7 +57,7 @@ class ContentTokenizer:
         self._rust.no_padding()
         self._rust.no_truncation()
         self._words = Words.of(self._rust, self._encode)
-        self._same: dict[str, bool] = {}
+        self._runs = Runs(self._encode)
 
     def ids(self, texts: Sequence[str], need: int | None = None, left: bool = False) -> list[bytes]:
         """Ids of each text's tokens, four bytes each: all of them, or at least the first `need` (the last, if `left`) and
@@ -60,22 +75,41 @@ class ContentTokenizer:
         """The tokenizer's own encoding of a text or a pair, special tokens included."""
         return self._rust.encode(*parts)
 
+    def _cutter(self, encode: Encode) -> Cutter:
+        return Cutter(encode, self._runs, words_apart=self._words is not None)
+
+    def _encode(self, texts: Sequence[str]) -> list[bytes]:
+        encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [array("i", encoding.ids).tobytes() for encoding in encodings]
+
+
+class Runs:
+    """Endless runs in a text, and of which of them a tokenizer makes the same tokens however long they are.
+
+    encode: the tokenizer's own way.
+    """
+
+    def __init__(self, encode: Encode) -> None:
+        self._encode = encode
+        self._same: dict[str, bool] = {}
+
     def squeezed(self, text: str) -> str:
         """`text` with endless runs (of white space, of letters and digits, of one character) cut to :data:`_LONG_RUN`, if
-        they are of a kind of which this tokenizer makes the same tokens however long they are."""
-        for unit, probe in _RUNS.items():
-            if self._is_same(probe):
-                text = re.sub(f"{unit}{{{_LONG_RUN},}}", lambda found: found.group()[:_LONG_RUN], text)
-        kept, at = [], 0
+        they are of a kind that does not matter."""
+        for run, probe in _RUNS.items():
+            if run.search(text) and self._is_same(probe):
+                text = run.sub(lambda found: found.group()[:_LONG_RUN], text)
+        kept, at, probed = [], 0, set[str]()
         while repeated := _REPEATED.search(text, at):
-            other = re.compile(f"[^{re.escape(repeated.group(1))}]", re.DOTALL).search(text, repeated.end())
+            char = repeated.group(1)
+            probed.add(char)
+            if len(probed) > _PROBES:
+                break
+            other = re.compile(f"[^{re.escape(char)}]", re.DOTALL).search(text, repeated.end())
             end = other.start() if other else len(text)
-            kept.append(text[at : repeated.end() if self._is_same(repeated.group(1)) else end])
+            kept.append(text[at : repeated.end() if self._is_same(char) else end])
             at = end
         return "".join([*kept, text[at:]])
-
-    def _cutter(self, encode: Encode) -> Cutter:
-        return Cutter(encode, self.squeezed, words_apart=self._words is not None)
 
     def _is_same(self, probe: str) -> bool:
         """Whether runs of `probe` twice as long as :data:`_LONG_RUN` give the same tokens, alone and inside a word."""
@@ -84,12 +118,10 @@ class ContentTokenizer:
             alone, alone_too, inside, inside_too = self._encode(
                 [f"{before}{run}{after}" for before, after in (("in ", " out"), ("in", "out")) for run in runs]
             )
+            if len(self._same) >= _MOST_PROBES:
+                self._same.clear()
             self._same[probe] = alone == alone_too and inside == inside_too
         return self._same[probe]
-
-    def _encode(self, texts: Sequence[str]) -> list[bytes]:
-        encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [array("i", encoding.ids).tobytes() for encoding in encodings]
 
 
 class Cutter:
@@ -101,12 +133,16 @@ class Cutter:
     is dropped; but in a run without a space, how it is divided may depend on how long it is.) A text for which it
     matters, or that does not overflow, is looked at in fourfold pieces, up to the whole.
 
-    squeezed: shortens a text that is mostly a run of which nothing comes.
+    A giant text that does not overflow even so (hundreds of thousands of characters that the tokenizer does not know, say) is
+    tokenised in parts that end at a space, or where there is none anywhere: then the tokens beside the seam may be others
+    than those of the whole. Where text is wanted and not ids, it ends after the first part, with a warning.
+
+    runs: shortens a text that is mostly a run of which nothing comes.
     """
 
-    def __init__(self, encode: Encode, squeezed: Callable[[str], str] = str, *, words_apart: bool = False) -> None:
+    def __init__(self, encode: Encode, runs: Runs | None = None, *, words_apart: bool = False) -> None:
         self._encode = encode
-        self._squeezed = squeezed
+        self._squeezed = (runs or Runs(encode)).squeezed
         self._words_apart = words_apart
 
     def cut(self, texts: Sequence[str], need: int, left: bool, *, encode_short: bool = True) -> list[tuple[str, bytes]]:
@@ -138,7 +174,30 @@ class Cutter:
                     rest[i] = self._squeezed(rest[i])
             squeezed = squeezed or limit >= usual
             limit, longest = 4 * limit, max(longest, 5 * limit)
+            if limit > max(_MOST_CHARS // 2, usual):  # each with what must give the same beside it
+                ends = self._in_parts if encode_short else self._first_part
+                done = [ends(rest[i], enough, left) if i in rest else each for i, each in enumerate(done)]
+                break
         return done
+
+    def _in_parts(self, text: str, enough: int, left: bool) -> tuple[str, bytes]:
+        found: list[bytes] = []
+        for part in _parts(text, left):
+            found += self._encode([part])
+            if sum(map(len, found)) >= enough:
+                break
+        return text, b"".join(found[::-1] if left else found)
+
+    def _first_part(self, text: str, enough: int, left: bool) -> tuple[str, bytes]:
+        part = next(_parts(text, left))
+        if len(part) < len(text):
+            log.warning(
+                "a text of %d characters is cut to %d, which give fewer tokens than the model takes: its own "
+                "preprocessing would need memory for all of them",
+                len(text),
+                len(part),
+            )
+        return part, b""
 
     def _pieces(self, text: str, limit: int, longest: int, left: bool) -> list[str]:
         """The piece of `text` to try, and those that must give the same; a text of up to `longest` characters is not cut."""
@@ -152,6 +211,15 @@ class Cutter:
 
 def _wanted(ids: bytes, need: int, left: bool) -> bytes:
     return ids[max(len(ids) - _INT * need, 0) :] if left else ids[: _INT * need]
+
+
+def _parts(text: str, left: bool) -> Iterator[str]:
+    """All of `text`, in parts of :data:`_MOST_CHARS` or a little less, from its beginning (its end, if `left`)."""
+    while len(text) > _MOST_CHARS:
+        part, _ = _piece(text, _MOST_CHARS, left)
+        yield part
+        text = text[: len(text) - len(part)] if left else text[len(part) :]
+    yield text
 
 
 def _piece(text: str, limit: int, left: bool) -> tuple[str, bool]:

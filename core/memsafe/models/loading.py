@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import threading
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +19,14 @@ from memsafe.machine.refusals import is_out_of_memory
 from memsafe.models import weights
 from memsafe.models.model import LoadedModel, ModelSpec
 
-__all__ = ["load"]
+__all__ = ["load", "size_of"]
 
 
-def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int) -> LoadedModel:
-    """Load `spec` onto `device`; `room_bytes` is what the weights may take.
+def load(
+    spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int, *, copied: bool = False
+) -> LoadedModel:
+    """Load `spec` onto `device`; `room_bytes` is what the weights may take. copied: whether a model that is handed in loaded is
+    copied there, rather than used where it is.
 
     Raises :class:`ModelTooLargeError` before anything is loaded, :class:`ModelError` for a model that cannot be used.
     """
@@ -29,6 +34,7 @@ def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int)
     if not isinstance(spec.model, str):
         if spec.dtype is not None:
             raise ConfigError(f"dtype: got {spec.dtype!r} with a loaded model; load it in that dtype, or pass its name")
+        spec = _given(spec, device, room_bytes, copied)
         return LoadedModel(spec.model, spec, device, policy, revision="", name=type(spec.model).__name__)
     options = dict(spec.options)
     known: dict[str, Any] = {name: options.get(name) for name in ("revision", "cache_folder")}
@@ -65,19 +71,55 @@ def load(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int)
             st = build(spec.model, device=device.name, **options).eval()
     except MemsafeError:
         raise
-    except Exception as error:  # whatever a damaged file makes of itself: pickle, zip, JSON, shapes, types
+    except BaseException as error:  # whatever a damaged file makes of itself: pickle, zip, JSON, shapes, types
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a Rust library
+            raise
         if isinstance(error, TypeError) and "argument" in str(error):
             raise ConfigError(f"options: {error}") from error
         if not is_out_of_memory(error):
             kind = ModelNotFoundError if isinstance(error, OSError) else ModelError
-            raise kind(f"model: {spec.model!r} cannot be loaded: {type(error).__name__}: {error}") from error
+            where = weights.damaged(checkpoint) if isinstance(error, ValueError) else ""
+            raise kind(f"model: {spec.model!r} cannot be loaded: {type(error).__name__}: {error}{where}") from error
     if st is None:  # outside the block above, whose traceback holds what was loaded so far
         device.release()
         need = checkpoint.bytes_as(target) if checkpoint is not None else 0
         raise weights.too_large(spec.model, checkpoint, need, device.snapshot().free_bytes, device.name)
     if checkpoint is None:  # a hub id that was not on this machine before
         checkpoint = weights.inspect(spec.model, kind=spec.kind, **known)
-    return LoadedModel(st, spec, device, policy, checkpoint.revision if checkpoint else "", spec.model)
+    try:
+        return LoadedModel(st, spec, device, policy, checkpoint.revision if checkpoint else "", spec.model)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, MemsafeError) or is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"model: {spec.model!r} was loaded but cannot be used: {type(error).__name__}: {error}; something in its "
+            "configuration has a value that it cannot have"
+        ) from error
+
+
+def size_of(model: torch.nn.Module) -> int:
+    """Bytes of the weights of `model`, as it is."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def _given(spec: ModelSpec, device: Device, room_bytes: int, copied: bool) -> ModelSpec:
+    """`spec` with its loaded model, or a copy of it, on `device`. Raises :class:`ModelTooLargeError`."""
+    model, need = spec.model, size_of(spec.model)
+    floats = sum(
+        t.numel() for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.float32, torch.float64)
+    )
+    half = need if floats == 0 else need - 2 * floats
+    if need <= room_bytes:
+        if not copied:
+            return spec
+        try:
+            return replace(spec, model=copy.deepcopy(model).to(device.name))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        device.release()  # outside the block above, whose traceback holds what was copied so far
+        room_bytes = device.snapshot().free_bytes
+    raise weights.given_too_large(type(model).__name__, need, half, room_bytes, device.name)
 
 
 _loading = threading.Lock()

@@ -134,7 +134,7 @@ class LoadedModel:
             attention=f"{self.attention}:{self.check.small_mask_ok}:{self.check.in_place_ok}",
             layout=chunks,
             device=f"{_card(self.device)}:{self.device.total_bytes >> 30}:{self.device.num_cores}",
-            torch_version=torch.__version__,
+            versions=" ".join(checkstore.versions("memsafe", "torch", "transformers").values()),
         )
 
     def cost_prior(self) -> CostPrior:

@@ -54,9 +54,14 @@ def prior_of(
     if getattr(config, "relative_attention", False):
         # DeBERTa: each token against each relative position, twice with what is gathered from it; and the projected
         # positions once more for each sequence, for keys and for queries (as its code repeats them).
-        buckets = max(getattr(config, "position_buckets", -1), 0)
-        span = buckets or max(getattr(config, "max_relative_positions", -1), 0) or 512
+        span = _number(config, "position_buckets") or _number(config, "max_relative_positions") or 512
         per_token = prior.per_token_bytes + 4 * heads * 2 * span * dtype.itemsize
         per_sequence = prior.per_sequence_bytes + 2 * 2 * span * shape.hidden_size * dtype.itemsize
         prior = replace(prior, per_token_bytes=per_token, per_sequence_bytes=per_sequence)
     return prior
+
+
+def _number(config: Any, name: str) -> int:
+    """A size that a config has under `name`; 0 for none, and for what is no size of a model that could be loaded."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and 0 < value < 1 << 31 else 0

@@ -108,7 +108,9 @@ def _switches(module: nn.Module) -> Iterator[int]:
         return
     config = getattr(module, "config", None)
     given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    parameters = [each for each in (given, *given.values()) if isinstance(each, dict)]
+    parameters = (
+        [each for each in (given, *given.values()) if isinstance(each, dict)] if isinstance(given, dict) else []
+    )
     found = [getattr(module, name, None) for name in ("original_max_seq_len", "max_seq_len_cached")]
     found.append(getattr(config, "original_max_position_embeddings", None))
     found += [each.get("original_max_position_embeddings") for each in parameters]

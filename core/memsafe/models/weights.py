@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +13,10 @@ from typing import Any
 
 from memsafe.config import format_bytes
 from memsafe.errors import ModelError, ModelNotFoundError, ModelTooLargeError
+from memsafe.models import folder as files
 
-__all__ = ["Checkpoint", "check_fits", "check_hub", "inspect"]
+__all__ = ["Checkpoint", "check_fits", "check_hub", "damaged", "given_too_large", "inspect", "too_large"]
 
-# Bits of a safetensors dtype: https://github.com/huggingface/safetensors#format
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # What tokenizers, and processors of other than text, are saved as.
 _PREPROCESSING = (
@@ -32,6 +29,7 @@ _PREPROCESSING = (
     "*processor_config.json",
     "*.tiktoken",
 )
+_MOST_MODULES = 1000
 _HUB_WAIT_S = 10.0
 """How long the hub's first answer may take, which is huggingface_hub's own time for it."""
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -53,21 +51,23 @@ class Checkpoint:
         """Bytes of the weights in memory, float weights in `dtype` ("float32", ...), or as stored if None."""
         total = self.other_bytes
         for name, count in self.elements.items():
-            as_stored = _BITS.get(name, 32) // 8
+            as_stored = files.bits_of(name) // 8
             total += count * (_DTYPE_BYTES.get(dtype or "", as_stored) if name in _FLOATS else as_stored)
         return total
 
     @property
     def revision(self) -> str:
         """Changes when weights, configuration, tokenizer or code do: names, sizes and times of the files of the folder and
-        of what its adapters stand on."""
-        stats = [
-            (str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
-            for folder in (self.folder, *(base.folder for base in self.bases))
-            for file in sorted(folder.rglob("*"))
-            if file.is_file() and not file.name.endswith((".md", ".lock"))
-        ]
-        return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
+        of what its adapters stand on. Empty if nobody can tell: there are very many files, or none any more."""
+        stats = []
+        for folder in (self.folder, *(base.folder for base in self.bases)):
+            found, all_of_them = files.files_of(folder)
+            if not all_of_them:
+                return ""
+            for file, state in found:
+                if not file.name.endswith((".md", ".lock")):
+                    stats.append((str(file.relative_to(folder)), state.st_size, state.st_mtime_ns))
+        return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16] if stats else ""
 
 
 def inspect(
@@ -86,22 +86,22 @@ def inspect(
     from elsewhere, and makes an embedder of a classifier or a reranker of an encoder (with a warning of ours).
     Raises :class:`ModelError` for a folder that is missing, empty, half-written or damaged.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     looks_local = (
         path.is_absolute()
         or model.startswith((".", "~"))
         or model.count("/") > 1
         or (os.sep != "/" and os.sep in model)
     )
-    if elsewhere and not path.is_file():
+    if elsewhere and not os.path.isfile(path):
         return None
-    if path.is_dir():
+    if os.path.isdir(path):
         checkpoint = _read(path, backend, cache_folder)
-    elif path.exists():
+    elif os.path.exists(path):
         raise ModelNotFoundError(f"model: {model} is a file; give the folder that holds it, or a hub id")
     elif looks_local:
         raise ModelNotFoundError(
-            f"model: the folder {model} does not exist; give an existing folder or a hub id like 'BAAI/bge-m3'"
+            f"model: the folder {model} does not exist, or this user may not read it; give an existing folder or a hub id like 'BAAI/bge-m3'"
         )
     else:
         cached = _from_cache(model, revision, cache_folder)
@@ -127,7 +127,7 @@ def _tell_other_kind(model: str, kind: str) -> None:
 def check_hub(model: str, *, revision: str | None = None, cache_folder: str | None = None, token: Any = None) -> None:
     """Raise :class:`ModelNotFoundError` if nothing of `model` is here and the hub, from which it must come, cannot be asked:
     with one question, where loading would repeat it for minutes. Whatever it answers is left to loading."""
-    if "/" not in model or Path(model).expanduser().exists():  # sentence-transformers has names of its own
+    if "/" not in model or os.path.exists(os.path.expanduser(model)):  # sentence-transformers has names of its own
         return
     if _from_cache(model, revision, cache_folder) is not None:  # upstream may need no more, or says what it lacks
         return
@@ -164,6 +164,18 @@ def too_large(name: str, checkpoint: Checkpoint | None, need: int, room_bytes: i
         remedy = (
             f"choose a model of at most {room_bytes // 2 // 10**6:,}M parameters in half precision, or another device"
         )
+    return _too_large(name, need, room_bytes, device, remedy)
+
+
+def given_too_large(name: str, need: int, half_bytes: int, room_bytes: int, device: str) -> ModelTooLargeError:
+    """The same for a model that was handed in loaded."""
+    remedy = "raise MemoryPolicy(limit=...), or choose a smaller model or another device"
+    if half_bytes < need and half_bytes <= room_bytes:
+        remedy = f"as model.to(torch.bfloat16) it needs {format_bytes(half_bytes)} and would fit; or raise MemoryPolicy(limit=...)"
+    return _too_large(name, need, room_bytes, device, remedy)
+
+
+def _too_large(name: str, need: int, room_bytes: int, device: str, remedy: str) -> ModelTooLargeError:
     needs = format_bytes(need) if need else "more than there is"
     return ModelTooLargeError(
         f"the weights of {name} need {needs}, but {format_bytes(max(room_bytes, 0))} are free for this on {device}; {remedy}",
@@ -172,27 +184,49 @@ def too_large(name: str, checkpoint: Checkpoint | None, need: int, room_bytes: i
     )
 
 
-def _from_cache(model: str, revision: str | None, cache_folder: str | None) -> Path | None:
+def damaged(checkpoint: Checkpoint | None) -> str:
+    """What to add to an error of loading: the file that is no JSON, if there is one."""
+    file = None if checkpoint is None else files.unparsable(checkpoint.folder)
+    return "" if file is None else f" ({file} is no JSON; the copy is damaged, fetch it again)"
+
+
+def _from_cache(model: str, revision: Any, cache_folder: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     cache = cache_folder or os.environ.get("SENTENCE_TRANSFORMERS_HOME")
     for name in ("config.json", "modules.json"):
-        found = try_to_load_from_cache(model, name, cache_dir=cache, revision=revision)
+        try:
+            found = try_to_load_from_cache(model, name, cache_dir=cache, revision=revision)
+        except (OSError, TypeError, ValueError):  # no name that a hub could have, or no cache: upstream says so
+            return None
         if isinstance(found, str):
             return Path(found).parent
     return None
 
 
 def _read(folder: Path, backend: str, cache_folder: str | None, *, is_base: bool = False) -> Checkpoint:
-    """What is in `folder`; is_base: for an adapter elsewhere, not looked for its own bases. Raises :class:`ModelNotFoundError` where something is missing, :class:`ModelError` where something is damaged."""
-    if not any(folder.iterdir()):
-        raise ModelNotFoundError(
-            f"model: the folder {folder} is empty; it needs a saved model (config.json and weights)"
-        )
-    config, modules = _json(folder / "config.json", dict), _json(folder / "modules.json", list)
-    folders = [folder, *(folder / m["path"] for m in modules or [] if isinstance(m, dict) and m.get("path"))]
-    folders = list(dict.fromkeys(folders))
-    adapters = [found for place in folders if (found := _json(place / "adapter_config.json", dict)) is not None]
+    """What is in `folder`; is_base: for an adapter elsewhere, not looked for its own bases.
+
+    Raises :class:`ModelNotFoundError` where something is missing, :class:`ModelError` where something is damaged.
+    """
+    try:
+        return _looked_at(folder, backend, cache_folder, is_base)
+    except OSError as error:
+        if isinstance(error, ModelNotFoundError):
+            raise
+        raise files.unreadable(folder, error) from error
+
+
+def _looked_at(folder: Path, backend: str, cache_folder: str | None, is_base: bool) -> Checkpoint:
+    with os.scandir(folder) as entries:
+        if next(entries, None) is None:
+            raise ModelNotFoundError(
+                f"model: the folder {folder} is empty; it needs a saved model (config.json and weights)"
+            )
+    files.check_files(folder)
+    config, modules = files.read(folder / "config.json", dict), files.read(folder / "modules.json", list)
+    folders = _folders(folder, modules)
+    adapters = [found for place in folders if (found := files.read(place / "adapter_config.json", dict)) is not None]
     if config is None and modules is None and not adapters:
         raise ModelNotFoundError(
             f"model: {folder} has neither config.json nor modules.json; it is no saved model, or half a copy of one"
@@ -200,16 +234,18 @@ def _read(folder: Path, backend: str, cache_folder: str | None, *, is_base: bool
     elements: dict[str, int] = {}
     other_bytes, found_any = 0, False
     for place in folders:
-        tensors = sorted(place.glob("*.safetensors"))
-        missing = _missing_shards(place) if tensors else []
+        tensors = sorted(file for file in place.glob("*.safetensors") if os.path.isfile(file))
+        missing = files.missing_shards(place) if tensors else []
         if missing:
             raise ModelNotFoundError(f"model: {place} lacks {', '.join(missing[:3])}; the copy is not complete")
         for file in tensors:
             found_any = True
-            for name, count in _header(file).items():
+            counts, rest = files.header(file)
+            other_bytes += rest
+            for name, count in counts.items():
                 elements[name] = elements.get(name, 0) + count
         if not tensors:
-            sizes = [file.stat().st_size for file in place.glob("*.bin")]
+            sizes = [file.stat().st_size for file in place.glob("*.bin") if os.path.isfile(file)]
             found_any, other_bytes = found_any or bool(sizes), other_bytes + sum(sizes)
     if not found_any and backend == "torch" and (config is not None or adapters):
         raise ModelNotFoundError(
@@ -217,11 +253,7 @@ def _read(folder: Path, backend: str, cache_folder: str | None, *, is_base: bool
         )
     bases = tuple(base for adapter in adapters if not is_base and (base := _base(adapter, cache_folder)) is not None)
     places = [*folders, *(base.folder for base in bases)]
-    if (
-        found_any
-        and config is not None
-        and not any(any(place.glob(name)) for place in places for name in _PREPROCESSING)
-    ):
+    if found_any and config is not None and not any(map(_has_preprocessing, places)):
         # transformers 5 would make up an empty tokenizer, to which every word is unknown
         raise ModelNotFoundError(
             f"model: {folder} has weights but no tokenizer (tokenizer.json, ...); the copy is not complete"
@@ -233,12 +265,27 @@ def _read(folder: Path, backend: str, cache_folder: str | None, *, is_base: bool
     return Checkpoint(folder, _kind(folder, config, modules), elements, other_bytes, bases)
 
 
-def _missing_shards(folder: Path) -> list[str]:
-    """Files that an index of several names and that are not there: a download was interrupted."""
-    names: set[str] = set()
-    for index in folder.glob("*.safetensors.index.json"):
-        names |= {str(name) for name in (_json(index, dict).get("weight_map") or {}).values()}
-    return sorted(name for name in names if not (folder / name).is_file())
+def _folders(folder: Path, modules: list[Any] | None) -> list[Path]:
+    """`folder` and those of its modules, each once. What is no path is left to upstream, which says so."""
+    paths = [each["path"] for each in modules or [] if isinstance(each, dict) and isinstance(each.get("path"), str)]
+    if len(paths) > _MOST_MODULES:
+        raise ModelError(
+            f"model: {folder / 'modules.json'} names {len(paths):,} modules; the copy is damaged, fetch it again"
+        )
+    root = os.path.realpath(folder)
+    found = {root: folder}
+    for path in paths:
+        place = folder / path
+        real = os.path.realpath(place) if os.path.isdir(place) else root
+        if real not in found:
+            found[real] = place
+            if not real.startswith(os.path.join(root, "")):  # those below have been looked at
+                files.check_files(place, below=False)
+    return list(found.values())
+
+
+def _has_preprocessing(folder: Path) -> bool:
+    return any(os.path.isfile(file) for name in _PREPROCESSING for file in folder.glob(name))
 
 
 def _base(adapter: Mapping[str, Any], cache_folder: str | None) -> Checkpoint | None:
@@ -246,7 +293,7 @@ def _base(adapter: Mapping[str, Any], cache_folder: str | None) -> Checkpoint | 
     name = adapter.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         return None
-    folder = Path(name) if Path(name).is_dir() else _from_cache(name, adapter.get("revision"), cache_folder)
+    folder = Path(name) if os.path.isdir(name) else _from_cache(name, adapter.get("revision"), cache_folder)
     try:
         return None if folder is None else _read(folder, "torch", cache_folder, is_base=True)
     except ModelNotFoundError:  # upstream fetches it, or says what it lacks
@@ -254,56 +301,13 @@ def _base(adapter: Mapping[str, Any], cache_folder: str | None) -> Checkpoint | 
 
 
 def _kind(folder: Path, config: Any, modules: Any) -> str | None:
-    saved = (_json(folder / "config_sentence_transformers.json", dict) or {}).get("model_type")
+    saved = (files.read(folder / "config_sentence_transformers.json", dict) or {}).get("model_type")
     if saved in ("SentenceTransformer", "CrossEncoder"):
         return "embedding" if saved == "SentenceTransformer" else "reranker"
     if modules is not None:
         return "embedding"
-    architectures = (config or {}).get("architectures") or []
-    if any(name.endswith("ForSequenceClassification") for name in architectures):
+    architectures = (config or {}).get("architectures")
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    if any(name.endswith("ForSequenceClassification") for name in names):
         return "reranker"
-    return "embedding" if architectures and all(name.endswith("Model") for name in architectures) else None
-
-
-def _json(file: Path, kind: type) -> Any:
-    """The content of `file`, a `kind`; None if there is no such file."""
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, kind):
-            raise ValueError(f"it holds a {type(content).__name__} where a {kind.__name__} is needed")
-        return content
-    except (ValueError, OSError) as error:
-        raise ModelError(
-            f"model: {file} cannot be read as JSON ({error}); the copy is damaged, fetch it again"
-        ) from error
-
-
-def _header(file: Path) -> dict[str, int]:
-    """Elements by dtype, from a safetensors file's header; checks that the file is as long as the header says."""
-    damaged = f"model: {file} is damaged or not complete; fetch it again"
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > size - 8:
-            raise ModelError(f"{damaged} ({size:,} bytes, header cut off)")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ModelError(f"{damaged} (header is not JSON)") from error
-    elements: dict[str, int] = {}
-    end = 0
-    try:
-        for name, tensor in header.items():
-            if name == "__metadata__":
-                continue
-            count = math.prod(int(extent) for extent in tensor["shape"])
-            elements[tensor["dtype"]] = elements.get(tensor["dtype"], 0) + count
-            end = max(end, int(tensor["data_offsets"][1]))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{damaged} (header is not of safetensors)") from error
-    if 8 + length + end > size:
-        raise ModelError(f"{damaged} ({size:,} bytes of {8 + length + end:,})")
-    return elements
+    return "embedding" if names and all(name.endswith("Model") for name in names) else None

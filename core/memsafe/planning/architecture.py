@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,9 @@ _PLAIN = (
     "albert",
 )
 """Model types with two matrices in a feed-forward layer; any other counts as gated, with three: the dearer guess."""
+
+_LARGEST = 1 << 31
+"""No size of a model reaches it."""
 
 
 @dataclass(frozen=True)
@@ -44,26 +46,23 @@ class Architecture:
     @staticmethod
     def of(config: Any, weights_bytes: int) -> Architecture:
         """`config`: a transformers config or None; what it does not say is guessed, from `weights_bytes` if need be."""
-        window = _first(config, ("sliding_window", "local_attention"))
-        vocab_size = _first(config, ("vocab_size",)) or 0
+        window = _size(config, "sliding_window", "local_attention")
+        vocab_size = _size(config, "vocab_size") or 0
         get = getattr(config, "get_text_config", None)
         config = get() if callable(get) else config
-        hidden = int(
-            _first(config, ("hidden_size", "dim", "d_model")) or max(64, int((weights_bytes / 48) ** 0.5) // 8)
-        )
-        heads = int(_first(config, ("num_attention_heads", "n_heads", "num_heads")) or max(1, hidden // 64))
-        rotary = _first(config, ("rope_parameters", "rope_theta")) is not None
+        hidden = _size(config, "hidden_size", "dim", "d_model") or max(64, int((weights_bytes / 48) ** 0.5) // 8)
+        heads = _size(config, "num_attention_heads", "n_heads", "num_heads") or max(1, hidden // 64)
+        rotary = any(getattr(config, name, None) is not None for name in ("rope_parameters", "rope_theta"))
         return Architecture(
             hidden_size=hidden,
-            intermediate_size=int(
-                _first(config, ("intermediate_size", "hidden_dim", "d_ff", "ffn_dim", "n_inner")) or 4 * hidden
-            ),
+            intermediate_size=_size(config, "intermediate_size", "hidden_dim", "d_ff", "ffn_dim", "n_inner")
+            or 4 * hidden,
             gated=str(getattr(config, "model_type", "")) not in _PLAIN,
             num_heads=heads,
-            num_layers=int(_first(config, ("num_hidden_layers", "n_layers", "num_layers")) or 12),
-            rotary_size=int(_first(config, ("head_dim",)) or hidden // heads) if rotary else 0,
-            window=window if isinstance(window, int) else None,
-            vocab_size=int(vocab_size),
+            num_layers=_size(config, "num_hidden_layers", "n_layers", "num_layers") or 12,
+            rotary_size=_size(config, "head_dim") or hidden // heads if rotary else 0,
+            window=window,
+            vocab_size=vocab_size,
         )
 
     def flops(self, shape: BatchShape) -> float:
@@ -73,5 +72,9 @@ class Architecture:
         return float(per_token * shape.tokens + 4 * self.num_layers * h * shape.squares)
 
 
-def _first(config: Any, names: Sequence[str]) -> Any:
-    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+def _size(config: Any, *names: str) -> int | None:
+    """The first of `names` that the config has, if that is a number something can have: a file may say anything under a name
+    that its model does not read."""
+    value = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+    fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < _LARGEST
+    return value if fits else None

@@ -62,7 +62,8 @@ _FORGET = 0.98
 
 @dataclass(frozen=True)
 class CostKey:
-    """What a learnt cost is valid for. All strings; `layout` is ``"packed"`` or ``"padded"``."""
+    """What a learnt cost is valid for. All strings; `layout` is ``"packed"`` or ``"padded"``, `versions` those of the software
+    whose kernels were measured."""
 
     model: str
     revision: str
@@ -70,7 +71,7 @@ class CostKey:
     attention: str
     layout: str
     device: str
-    torch_version: str
+    versions: str
 
     def digest(self) -> str:
         """A short file name: 32 hexadecimal digits of SHA-256."""
@@ -186,6 +187,12 @@ class CostModel:
         return next((size for size in sizes if self.needs_probe(size)), None)
 
     # -------------------------------------------------------------- learning
+
+    def expect(self, prior: CostPrior) -> None:
+        """Take `prior` for the formula from now on: one that was kept with measurements may be older than today's. The
+        measurements stay, the margins that they left under the old formula do not."""
+        if prior != self.prior:
+            self.prior, self._worst, self._stale = prior, 0.0, True
 
     def observe(self, shape: BatchShape, live_bytes: int | None, resident_bytes: int | None = None) -> None:
         """Learn one measured peak beyond the weights; None for what was not measured.

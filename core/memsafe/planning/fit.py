@@ -21,6 +21,8 @@ _EXACT = 1e-4
 _SPARE = 2
 """Observations that an exact law of more than one coefficient must meet beyond their number, where others were left out;
 else one is enough: that it agrees to :data:`_EXACT` is no chance."""
+_LEAST_SIZE = 1e-13
+"""Singular values of columns of length 1 are not known below this."""
 _APART = 2
 """So many measurements may lie above an exact law: another step of the forward needed more there."""
 _SEARCHED = 6
@@ -58,15 +60,24 @@ def fit(
             freedom = max(len(y) - active, 0)
             noise = math.sqrt((_NOISE_WEIGHT * _NOISE**2 + float(residuals @ residuals)) / (_NOISE_WEIGHT + freedom))
             z = _solve(rows, start, noise)
-    matrix = np.vstack([rows / noise, np.eye(len(mean))])
-    covariance: FloatArray = np.linalg.inv(matrix.T @ matrix) * deviation[:, None] * deviation[None, :]
-    return z * deviation, covariance, residuals_of(z)
+    half = _inverse_root(np.vstack([rows / noise, np.eye(len(mean))])) * deviation
+    return z * deviation, half.T @ half, residuals_of(z)
 
 
 def _solve(rows: FloatArray, start: FloatArray, noise: float) -> FloatArray:
     """The most probable z >= 0 given ``rows @ z == 1`` up to `noise`, and a prior of unit deviation around `start`."""
     matrix = np.vstack([rows / noise, np.eye(len(start))])
     return non_negative_least_squares(matrix, np.concatenate([np.full(len(rows), 1 / noise), start]))
+
+
+def _inverse_root(matrix: FloatArray) -> FloatArray:
+    """A root of the inverse of ``matrix.T @ matrix``, whose product has rounding errors as large as what the prior's rows in
+    `matrix` say, or larger. Since it holds those rows, no variance is above 1."""
+    norms = np.linalg.norm(matrix, axis=0)
+    _, sizes, vectors = np.linalg.svd(matrix / norms, full_matrices=False)
+    half = vectors / np.maximum(sizes, _LEAST_SIZE)[:, None] / norms
+    bounded: FloatArray = half / np.maximum(np.linalg.norm(half, axis=0), 1.0)
+    return bounded
 
 
 def _law(rows: FloatArray, spare: int = 1) -> tuple[FloatArray | None, bool]:
