@@ -179,8 +179,9 @@ def _of_hub(model: str, revision: str | None) -> ModelFacts | None:
     if "/" not in model or bool(getattr(hub.constants, "HF_HUB_OFFLINE", False)):
         return None
     try:
-        values = _json(Path(hub.hf_hub_download(model, "config.json", revision=revision)))
+        # First one question that is not repeated: downloads are tried for half a minute where there is no network.
         files = hub.HfApi().model_info(model, revision=revision, files_metadata=True, timeout=10.0).siblings or []
+        values = _json(Path(hub.hf_hub_download(model, "config.json", revision=revision)))
         names = {file.rfilename: file.size or 0 for file in files}
         elements: dict[str, int] = {}
         other = 0
