@@ -239,6 +239,8 @@ class LoadedModel:
             if self._host is None:
                 self._host = Solo(private_copy(self.routes.run) if own else fallbacks.host_copy(self.routes.run))
             host = self._host
+            if "chunks" in extras:
+                return self.routes.chunks_on(host.model, batch.items[0], extras, cpu)
             if not self.routes.alone(batch.items):
                 features, _ = self.routes.features(host.model, batch.items, extras, cpu)
                 return rows_of_features(host.model, features, extras.get("options"))
