@@ -37,6 +37,15 @@ def test_bge_m3_on_a_t4_that_others_use_too() -> None:
     assert "dies" in str(advice) and "8,192 of 8,192" in str(advice)
 
 
+def test_what_survived_under_a_t4s_cap_is_what_is_said_to_fit() -> None:
+    """On an H200 capped to a T4's memory `encode` of bge-m3's shape in float16 survived at batches of 32 and 10; beside a neighbour
+    with 9 GiB it was out of memory at 32 and survived at 10 (docs/gpu.md)."""
+    alone = advise("BAAI/bge-m3", device_memory=T4, dtype="float16")
+    beside = advise("BAAI/bge-m3", device_memory=T4, taken="9GiB", dtype="float16")
+    assert [run.outcome for run in alone.defaults] == ["fits", "fits"]
+    assert [run.outcome for run in beside.defaults] == ["fits", "dies"]
+
+
 def test_bge_m3_at_the_length_at_which_colab_failed() -> None:
     """LlamaIndex's issue 17472: ten texts of 3,670 tokens, float32, eager attention, alone on a T4: 8.03 GiB more were wanted
     for scores, twice. They die; with sdpa they fit, and memsafe takes 0.15 GiB for the longest."""

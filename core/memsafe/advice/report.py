@@ -10,6 +10,14 @@ from memsafe.config import format_bytes
 __all__ = ["Advice", "DefaultRun", "ExpectedTime", "Hint", "Lighter"]
 
 
+_TOLD = {
+    "folder": "its folder",
+    "cache": "its copy in the hub's cache",
+    "hub": "the hub",
+    "table": "the table of known models",
+}
+
+
 @dataclass(frozen=True)
 class DefaultRun:
     """What the usual default takes: `rows` texts padded to `length` tokens.
@@ -110,7 +118,7 @@ class Advice:
         verdict = "fits" if self.fits else "does NOT fit"
         weights = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.weights_by_dtype.items())
         rows = [
-            ("model", f"{self.model} ({self.kind}, {self.parameters:,.0f}M parameters), told by its {self.told_by}"),
+            ("model", f"{self.model} ({self.kind}, {self.parameters:,.0f}M parameters), told by {_TOLD[self.told_by]}"),
             (
                 "device",
                 f"{format_bytes(self.device_memory_bytes)} ({self.device}): {format_bytes(self.taken_bytes)} taken by others, "
