@@ -108,7 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rerank-queries", type=int, default=100)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256], help="max_length of the embedder, in tokens")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[128, 256], help="max_length of the embedder, in tokens"
+    )
     given = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", message=".*longer than")
     documents, queries, judged = read(given.folder)

@@ -211,8 +211,8 @@ class Model:
         work = _work(distinct, self._way(options), prepare)
         engine = self._engine
         show = bool(options.show_progress)
-        with inputs.progress_bar(len(work.values), show, options.progress, "text") as progress:
-            job = self._start(work, options, progress)
+        with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
+            job = self._start(work, options, _in_texts(progress, work, len(distinct.values)))
             try:
                 engine.feed(job, work.values, work.way)
                 rows, report = engine.finish(job, num_texts=len(values))
@@ -232,8 +232,8 @@ class Model:
         show = bool(options.show_progress)
         way = await in_thread(self._way, options)
         work = await in_thread(_work, distinct, way, prepare)
-        with inputs.progress_bar(len(work.values), show, options.progress, "text") as progress:
-            job = self._start(work, options, progress)
+        with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
+            job = self._start(work, options, _in_texts(progress, work, len(distinct.values)))
             try:
                 await in_thread(engine.feed, job, work.values, work.way)
                 await asyncio.wrap_future(job.future)
@@ -296,6 +296,23 @@ async def in_thread(function: Callable[..., _Result], *args: Any, **kwargs: Any)
 
 def _work(distinct: inputs.Distinct, way: Way, prepare: Prepare | None) -> Work:
     return Work(distinct.values, way, distinct.positions) if prepare is None else prepare(distinct, way)
+
+
+def _in_texts(progress: Callable[[int], None] | None, work: Work, num_texts: int) -> Callable[[int], None] | None:
+    """`progress` told of texts where the engine tells of parts of them: by their share, and of all of them in the end."""
+    if progress is None or work.owners is None:
+        return progress
+    lock, done = threading.Lock(), [0, 0]
+
+    def tell(parts: int) -> None:
+        with lock:
+            done[0] += parts
+            texts = done[0] * num_texts // len(work.values) - done[1]
+            done[1] += texts
+        if texts:
+            progress(texts)
+
+    return tell
 
 
 def _spread(error: InputTooLargeError, distinct: inputs.Distinct, work: Work, finish: Callable[[Any], Any]) -> None:

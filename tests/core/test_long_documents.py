@@ -103,6 +103,14 @@ def test_windows_cost_is_in_the_report(reranker_folder: str) -> None:
     assert report.windowed == 1
 
 
+def test_progress_is_told_in_documents(reranker_folder: str) -> None:
+    """However many windows they have: in the end as many as there are distinct ones."""
+    told: list[int] = []
+    with Reranker(reranker_folder, device="cpu", long_documents="max_passage") as ours:
+        ours.score(QUERY, DOCUMENTS, progress=told.append, max_rows=2)
+    assert sum(told) == len(DOCUMENTS) - 1 and min(told) > 0
+
+
 def test_truncating_stays_as_it_was(reranker_folder: str) -> None:
     """The default: predict's scores, cut, counted and warned of; no windows."""
     theirs = CrossEncoder(reranker_folder, device="cpu")
@@ -172,7 +180,7 @@ def test_windows_are_bounded_loudly(reranker_folder: str) -> None:
 
 
 @torch.inference_mode()
-def reference_rows(model: SentenceTransformer, text: str, prompt: str) -> np.ndarray:
+def reference_rows(model: SentenceTransformer, text: str, prompt: str, **more: Any) -> np.ndarray:
     """Windows of the text behind the whole prompt, each through the model's own modules; their mean by tokens, of length 1."""
     tokenizer = model.tokenizer
     head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -183,7 +191,7 @@ def reference_rows(model: SentenceTransformer, text: str, prompt: str) -> np.nda
     for place in places:
         part = ids[place : place + room]
         whole = torch.tensor([[101, *head, *part, 102]])
-        features = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
+        features = {"input_ids": whole, "attention_mask": torch.ones_like(whole), **more}
         rows.append(model(features)["sentence_embedding"][0].numpy())
         weights.append(max(len(part), 1))
     row = np.average(np.stack(rows), axis=0, weights=weights)
@@ -200,6 +208,19 @@ def test_embeddings_of_windows(embedder_folder: str, kind: str | None) -> None:
     expected = np.stack([reference_rows(theirs, text, prompt) for text in DOCUMENTS])
     np.testing.assert_allclose(run.embeddings, expected, rtol=0, atol=2e-6)
     assert run.report.truncated == 0 and run.report.windowed >= 2
+
+
+def test_a_prompt_that_pooling_leaves_out_is_left_out_of_every_window(tmp_path: Path) -> None:
+    """As upstream does for the first tokens of a text (include_prompt=False)."""
+    prompts = {"document": "passage: "}
+    folder = models.save_embedder(
+        tmp_path / "m", "bert", max_length=MAX, normalize=True, prompts=prompts, include_prompt=False
+    )
+    theirs = SentenceTransformer(str(folder), device="cpu")
+    with Embedder(folder, device="cpu", long_documents="mean_windows") as ours:
+        rows = ours.embed_documents([DOCUMENTS[0], DOCUMENTS[3]])
+    expected = [reference_rows(theirs, text, "passage: ", prompt_length=3) for text in (DOCUMENTS[0], DOCUMENTS[3])]
+    np.testing.assert_allclose(rows, np.stack(expected), rtol=0, atol=2e-6)
 
 
 def test_short_texts_are_untouched_by_windows(embedder_folder: str) -> None:
