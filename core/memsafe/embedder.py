@@ -147,19 +147,30 @@ class Embedder(Model):
             InputError: a span is out of range or holds no token, or the document has more tokens than the model reads at once.
             ConfigError: the model's pooling is no mean, or it shows no tokens.
         """
+        call, checked = self._chunks(document, spans, options)
+        if not checked:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        text, prepare = [str.__str__(document)], prepare_chunks(checked)
+        rows, report = self._run(text, call.options, lambda rows: _one_each(rows, len(checked)), prepare)
+        return call.finish(_one_each(rows, len(checked)), report).embeddings
+
+    async def aembed_chunks(self, document: str, spans: Sequence[tuple[int, int]], **options: Any) -> Array:
+        """:meth:`embed_chunks` for asyncio."""
+        call, checked = await in_thread(self._chunks, document, spans, options)
+        if not checked:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        text, prepare = [str.__str__(document)], prepare_chunks(checked)
+        rows, report = await self._arun(text, call.options, lambda rows: _one_each(rows, len(checked)), prepare)
+        return (await in_thread(call.finish, _one_each(rows, len(checked)), report)).embeddings
+
+    def _chunks(self, document: Any, spans: Any, options: dict[str, Any]) -> tuple[_Call, list[tuple[int, int]]]:
+        """The call and the spans, checked."""
         call = self._call({"kind": "document", **options})
         if not isinstance(document, str):
             raise InputError(f"document: got a {type(document).__name__}; give one str", index=None)
         checked = check_spans(spans, len(document))
         self._check_mean()
-        if not checked:
-            return np.empty((0, self.dimension), dtype=np.float32)
-
-        def scaled(rows: Array) -> Array:
-            return call.scaled(rows.reshape(len(checked), -1))
-
-        rows, report = self._run([str.__str__(document)], call.options, scaled, prepare_chunks(checked))
-        return call.finish(rows.reshape(len(checked), -1), report).embeddings
+        return call, checked
 
     def _check_mean(self) -> None:
         from memsafe.models import sbert
@@ -266,6 +277,11 @@ class _Call:
         if self.normalize and len(rows):
             rows = _of_length_one(rows)
         return rows
+
+
+def _one_each(rows: Array, chunks: int) -> Array:
+    """The row of a document, shape (1, chunks * dim), as (chunks, dim)."""
+    return rows.reshape(chunks, -1)
 
 
 def _of_length_one(rows: Array) -> Array:

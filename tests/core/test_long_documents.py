@@ -310,9 +310,28 @@ def test_late_chunks_are_means_of_the_whole_documents_tokens(tmp_path: Path, arc
         rows = ours.embed_chunks(document, spans)
         other = ours.embed_chunks(document + " red", spans[:1])
         assert ours.embed_chunks(document, []).shape == (0, 16)
+        np.testing.assert_allclose(asyncio.run(ours.aembed_chunks(document, spans)), rows, rtol=0, atol=1e-6)
     np.testing.assert_allclose(rows, reference_chunks(theirs, document, spans, "passage: "), rtol=0, atol=2e-5)
     assert rows.dtype == np.float32 and rows.shape == (5, 16)
     assert not np.allclose(other[0], rows[0], atol=1e-6)
+
+
+def test_late_chunks_of_a_model_that_runs_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own modules do it where packing is not shown to be right: the same rows."""
+    from memsafe.models import model as module
+    from memsafe.models.selfcheck import SelfCheck
+
+    folder = str(models.save_embedder(tmp_path / "m", "bert", max_length=MAX, dense_dim=16))
+    document = text_of(50, 11)
+    spans = [(0, 40), (40, len(document))]
+    quiet = MemoryPolicy(learn=False)
+    with Embedder(folder, device="cpu", memory=quiet) as packed:
+        expected = packed.embed_chunks(document, spans)
+    check = SelfCheck(False, False, "the test asks for the padded path")
+    monkeypatch.setattr(module, "run_self_check", lambda routes: routes.use(check) or check)
+    with Embedder(folder, device="cpu", memory=quiet) as padded:
+        assert padded.path.startswith("padded")
+        np.testing.assert_allclose(padded.embed_chunks(document, spans), expected, rtol=0, atol=2e-6)
 
 
 def test_late_chunks_refuse_what_they_cannot_do(embedder_folder: str, tmp_path: Path) -> None:

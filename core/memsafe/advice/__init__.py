@@ -14,9 +14,10 @@ from typing import Any
 from memsafe.advice import facts, known, recorded
 from memsafe.advice.estimate import MARGIN, Estimate
 from memsafe.advice.facts import ModelFacts
+from memsafe.advice.hints import hints_of, notes_of
 from memsafe.advice.lengths import Lengths, of_numbers, parse
 from memsafe.advice.report import Advice, DefaultRun, ExpectedTime, Hint, Lighter
-from memsafe.config import MemoryPolicy, MiB, Size, format_bytes, parse_size
+from memsafe.config import MemoryPolicy, MiB, Size, parse_size
 from memsafe.errors import ConfigError
 from memsafe.inputs import check_texts, model_name
 from memsafe.planning.traits import Traits
@@ -63,6 +64,7 @@ def advise(
         max_length: tokens after which texts are cut; None as the model says.
         dtype: "float32", "float16", "bfloat16", "auto" (half precision), None as stored.
         texts: the texts themselves, counted with the model's own tokenizer if it is at hand.
+            (Those of a reranker are its documents; its pairs have the query's tokens beside.)
         lengths: or only how long they are: numbers of tokens, or ``"median=300,longest=8192,count=1000"``.
         rerank: True for a reranker, False for an embedder; None as the model says.
         reserve: as in :class:`MemoryPolicy`. device: "cuda" or "cpu". context: what the process takes beside tensors; None: as
@@ -144,10 +146,10 @@ def _advice(
         texts=f"texts of {min(_USUAL_TOKENS, limit)} tokens" if spread is None else spread.said,
         defaults=defaults,
         expected=tuple(_expected(estimate, spread, batch, min(mean, limit))) if batch else (),
-        hints=tuple(_hints(estimate, room, reserve, taken, limit, longest, spread, asked_length, bool(lighter))),
+        hints=tuple(hints_of(estimate, room, reserve, taken, limit, longest, spread, asked_length, bool(lighter))),
         lighter=lighter,
         lighter_as_of=known.AS_OF,
-        notes=tuple(_notes(estimate, defaults)),
+        notes=tuple(notes_of(estimate, defaults)),
     )
 
 
@@ -173,107 +175,12 @@ def _expected(estimate: Estimate, spread: Lengths | None, batch: int, mean: floa
     return times
 
 
-def _hints(
-    estimate: Estimate,
-    room: int,
-    reserve: int,
-    taken: int,
-    limit: int,
-    longest: int,
-    spread: Lengths | None,
-    asked_length: int | None,
-    has_lighter: bool,
-) -> list[Hint]:
-    found, hints = estimate.facts, list[Hint]()
-    if estimate.dtype == "float32":
-        half = Estimate(found, "float16", estimate.kind)
-        saved = found.weights_bytes("float32") - found.weights_bytes("float16")
-        whole = half.longest_text(room + saved, limit)
-        hints.append(
-            Hint(
-                "dtype",
-                f"dtype='float16' saves {format_bytes(saved)} of weights and half of what a token takes: then texts of up to {whole:,} "
-                "tokens fit. On cards before Ampere (T4, V100) float16, not bfloat16, which they only emulate.",
-            )
-        )
-    if spread is not None and (cut := _useful_length(spread, limit)) is not None:
-        kept = 1 - spread.share_longer(cut)
-        hints.append(
-            Hint(
-                "max_length",
-                f"{kept:.0%} of the texts have at most {cut:,} tokens; max_length={cut} would cut the others, and the longest would take "
-                f"{format_bytes(estimate.one_text(cut))} instead of {format_bytes(estimate.one_text(min(limit, spread.longest)))}.",
-            )
-        )
-    elif longest < limit:
-        hints.append(
-            Hint(
-                "max_length",
-                f"max_length={longest} is the longest that fits." if longest else "no text fits, of any length.",
-            )
-        )
-    elif asked_length is None and limit > 512:
-        hints.append(
-            Hint(
-                "max_length",
-                f"{limit:,} tokens fit. If your texts are shorter, max_length=512 keeps a stray long one from taking "
-                f"{format_bytes(estimate.one_text(limit))} ({format_bytes(estimate.one_text(512))} then).",
-            )
-        )
-    least = 64 * MiB
-    if room < estimate.one_text(limit) and reserve > least:
-        hints.append(
-            Hint(
-                "reserve",
-                f"MemoryPolicy(reserve='64MiB') gives {format_bytes(reserve - least)} more, if no neighbour grows.",
-            )
-        )
-    elif taken and estimate.one_text(limit) < room:
-        hints.append(
-            Hint(
-                "reserve",
-                f"others hold {format_bytes(taken)} and may want more; MemoryPolicy(reserve=...) keeps that free for them.",
-            )
-        )
-    if has_lighter:
-        hints.append(Hint("model", "a lighter model for the same languages, from the table below."))
-    return hints
-
-
-def _useful_length(spread: Lengths, limit: int) -> int | None:
-    """A round length that keeps 95 % of the texts whole and is at most half of the longest; None if there is none."""
-    longest = min(limit, spread.longest)
-    return next(
-        (cut for cut in (256, 512, 1024, 2048, 4096) if 2 * cut <= longest and spread.share_longer(cut) <= 0.05), None
-    )
-
-
 def _lighter(found: ModelFacts) -> tuple[Lighter, ...]:
     entries = known.lighter(found.kind, found.languages, found.parameters)[:_MOST_LIGHTER]
     return tuple(
         Lighter(each.name, each.parameters, facts.of_known(each).weights_bytes("float16"), each.max_length, each.source)
         for each in entries
     )
-
-
-def _notes(estimate: Estimate, defaults: Sequence[DefaultRun]) -> list[str]:
-    notes = []
-    if estimate.facts.told_by == "table":
-        notes.append(
-            f"figures from the table of known models ({known.AS_OF}), since neither folder nor hub could be read."
-        )
-    if estimate.facts.eager_only:
-        notes.append("this architecture computes attention itself, so that upstream holds all scores in every version.")
-    elif any(run.outcome != run.eager_outcome for run in defaults):
-        notes.append("eager attention is what transformers before 4.45 ran XLM-R with, and what some servers force.")
-    if estimate.dtype == "bfloat16" and estimate.kind == "cuda":
-        notes.append(
-            "bfloat16 on a card before Ampere (T4, V100): attention falls to a kernel that holds all scores; take float16."
-        )
-    notes.append(
-        f"expectations, met by measured peaks within {MARGIN:.0%}; the engine measures and corrects them as it runs."
-    )
-    return notes
 
 
 def _lengths(texts: Any, lengths: Any, found: ModelFacts) -> Lengths | None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from memsafe.config import MemoryPolicy, format_bytes
+from memsafe.doctor.comparing import Difference, compare
+from memsafe.doctor.findings import Finding, findings_of
 
 __all__ = ["SETTINGS", "Difference", "Examination", "Finding", "compare", "examine", "findings_of"]
 
@@ -33,35 +34,6 @@ _PACKAGES = (
 )  # fmt: skip
 _DTYPES = ("float32", "float16", "bfloat16")
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimdhp", "bf16")
-_PASSING = (
-    "free_bytes",
-    "allocated_bytes",
-    "reserved_bytes",
-    "used_bytes",
-    "held_by",
-    "findings",
-    "pid",
-    "resident_bytes",
-)
-"""What differs from one minute to the next: never a difference between machines."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something worth knowing. level: "problem", "warning" or "note". Each says what is so, why it matters and what to do."""
-
-    level: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One place where two examinations differ. where: names joined by dots. matters: why it can change what runs; "" if hardly."""
-
-    where: str
-    one: Any
-    other: Any
-    matters: str
 
 
 @dataclass(frozen=True)
@@ -145,101 +117,6 @@ def examine() -> Examination:
     return Examination(versions, system, memory, cpu, devices, allocated, given, tuple(found))
 
 
-def compare(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Difference]:
-    """Where two examinations (:meth:`Examination.to_dict`) differ, what matters first; what changes by the minute is left out."""
-    found = [
-        Difference(where, a, b, _why(where))
-        for where, a, b in _differences("", one, other)
-        if not any(part in _PASSING for part in where.split("."))
-    ]
-    return sorted(found, key=lambda difference: not difference.matters)
-
-
-def findings_of(
-    *,
-    versions: Mapping[str, str],
-    system: Mapping[str, Any],
-    memory: Mapping[str, Any],
-    cpu: Mapping[str, Any],
-    devices: Sequence[Mapping[str, Any]],
-    allocator: Mapping[str, Any],
-) -> list[Finding]:
-    """What is known to go wrong with these facts, worst first. Pure: tests hand in machines that are not there."""
-    found: list[Finding] = []
-    if _older(versions.get("transformers"), (5, 0)):
-        found.append(
-            Finding("warning", "transformers before 5: BERT, RoBERTa and XLM-R run padded; upgrade for packed forwards")
-        )
-    if system.get("cards without torch"):
-        found.append(Finding("problem", str(system["cards without torch"])))
-    if system.get("wsl"):
-        found.append(
-            Finding("note", "WSL: expandable_segments is left out of the allocator's settings, since it can fail there")
-        )
-    if str(system.get("platform", "")).startswith("Windows"):
-        text = "Windows: drivers from 536.40 on swap to main memory instead of refusing, which is very slow; set "
-        found.append(Finding("warning", text + "'Prefer No Sysmem Fallback' in NVIDIA's control panel"))
-    if cpu["torch threads"] > cpu["cores to use"]:
-        text = f"torch would use {cpu['torch threads']} threads on {cpu['cores to use']} cores (affinity or CPU quota): they wait for "
-        found.append(
-            Finding(
-                "warning",
-                text
-                + f"each other. memsafe sets its own lanes; other code needs OMP_NUM_THREADS={cpu['cores to use']}",
-            )
-        )
-    binding = [(name, size) for name, size in memory["limits"].items() if size < 2 << 30]
-    for name, size in binding[:1]:
-        text = (
-            f"main memory is limited to {format_bytes(size)} ({name}): at the limit the kernel kills without an error"
-        )
-        found.append(
-            Finding("warning", text + "; memsafe reads it, MemoryPolicy(strict_heap=True) makes it predictable")
-        )
-    for device in devices:
-        found += _findings_of_device(device)
-    if allocator["status"] in ("user", "late") and "expandable_segments:True" not in str(allocator["in_force"]):
-        found.append(
-            Finding(
-                "warning",
-                f"allocator: expandable_segments is not in force ({allocator['note']}); fragmentation may cost gigabytes",
-            )
-        )
-    return sorted(found, key=lambda finding: ("problem", "warning", "note").index(finding.level))
-
-
-def _findings_of_device(device: Mapping[str, Any]) -> list[Finding]:
-    found: list[Finding] = []
-    name = device["name"]
-    capability = tuple(device.get("capability") or ())
-    if capability and capability < (8, 0):
-        text = f"{name} (compute capability {capability[0]}.{capability[1]}, as a T4's 7.5) has no flash and no cuDNN attention and no "
-        text += "bfloat16: use float16 or float32; in bfloat16 attention falls to a kernel that holds all scores"
-        found.append(Finding("warning", text))
-    others = [holder for holder in device.get("held_by", ()) if not holder["ours"]]
-    held = device["total_bytes"] - device["free_bytes"] - device.get("reserved_bytes", 0)
-    if device["kind"] == "cuda" and held > device["total_bytes"] // 4:
-        who = (
-            ", ".join(sorted({holder["program"] or "a process of another container" for holder in others}))
-            or "who, the driver does not say"
-        )
-        found.append(
-            Finding(
-                "warning",
-                f"{name}: {format_bytes(held)} of {format_bytes(device['total_bytes'])} are held by others ({who})",
-            )
-        )
-    kernels = device.get("kernels", {})
-    if capability >= (8, 0) and not str(kernels.get("packed flash (varlen_attn)", "yes")).startswith("yes"):
-        found.append(
-            Finding(
-                "note",
-                f"{name}: {kernels['packed flash (varlen_attn)'][4:]}; half precision runs on memory-efficient attention",
-            )
-        )
-    return found
-
-
 def _versions() -> dict[str, str]:
     metadata = importlib.import_module("importlib.metadata")
     found: dict[str, str] = {}
@@ -305,48 +182,6 @@ def _devices() -> tuple[list[dict[str, Any]], str]:
         names = ", ".join(sorted({card.name for card in cards}))
         why = f"the driver sees {names}, but torch {torch.__version__} does not: install torch's CUDA build, or look at CUDA_VISIBLE_DEVICES"
     return found, why
-
-
-def _older(version: str | None, least: tuple[int, int]) -> bool:
-    if version is None:
-        return False
-    numbers = [int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit()]
-    return tuple(numbers) < least
-
-
-def _differences(where: str, one: Any, other: Any) -> list[tuple[str, Any, Any]]:
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        names = list(dict.fromkeys([*one, *other]))
-        return [
-            found
-            for name in names
-            for found in _differences(f"{where}.{name}" if where else str(name), one.get(name), other.get(name))
-        ]
-    if isinstance(one, list) and isinstance(other, list) and any(isinstance(each, Mapping) for each in (*one, *other)):
-        longest = max(len(one), len(other))
-        pairs = [(each[i] if i < len(each) else None for each in (one, other)) for i in range(longest)]
-        return [found for i, (a, b) in enumerate(pairs) for found in _differences(f"{where}.{i}", a, b)]
-    plain = [list(each) if isinstance(each, tuple) else each for each in (one, other)]
-    return [] if plain[0] == plain[1] else [(where, one, other)]
-
-
-_MATTERS = {
-    "versions.torch": "kernels and allocator",
-    "versions.transformers": "attention and which models run packed",
-    "versions.sentence-transformers": "prompts and pooling",
-    "versions.tokenizers": "token ids",
-    "memory.total_bytes": "how much fits",
-    "memory.limits": "how much fits, and who kills",
-    "cpu.cores to use": "speed",
-    "cpu.dtypes": "dtype='auto' chooses by it",
-    "devices": "how much fits, which kernels and dtypes there are",
-    "allocator.in_force": "fragmentation",
-    "settings": "what torch and tokenizers do",
-}
-
-
-def _why(where: str) -> str:
-    return next((why for place, why in _MATTERS.items() if where == place or where.startswith(f"{place}.")), "")
 
 
 def _of(size: Any) -> str:
