@@ -65,7 +65,8 @@ class CostPrior:
         four int64 per token. A padded batch holds its mask per pair of tokens, one bool and one element (one bool
         and one element per token with `small_mask`); eager attention two matrices of scores per head. `vocab_logits`:
         the size of a vocabulary whose logits are computed for every token (SPLADE), else 0. `rotary_size`: elements per
-        head that positions rotate, else 0; a padded batch has one table of cosines and sines for all its sequences. `score_limit`: the longest packed sequence
+        head that positions rotate, else 0; a padded batch has one table of cosines and sines for all its sequences, a packed one a
+        row of them for each token. `score_limit`: the longest packed sequence
         whose scores, (heads, length, length) in float32, are made, else 0. `in_place`: whether the feed-forward
         activation writes where its input was, without gates; then its widest tensor exists once, and the peak is where the
         layer ends: ``(6*H + I)*s``, measured as 10*H*s for BERT's sizes on a CPU and on an H200. `frees_widest`: the layer
@@ -79,6 +80,9 @@ class CostPrior:
         else:
             per_token = float(max(3 * h + 2 * i, 8 * h) * s)
         per_token += 4 * 8 + vocab_logits * s
+        tables = 2.0 * rotary_size * s
+        if layout == "packed":
+            per_token += tables
         per_square = 0.0
         step = (0.0, 0.0, 0.0)  # the tensors beside masks and scores were measured with the tracker
         if layout != "packed":
@@ -93,8 +97,8 @@ class CostPrior:
         if attention == "eager":
             per_square += 2 * num_heads * s
         # one pooled row in the model's dtype, one in float32, offsets; workspaces of kernels as 64 KiB
-        tables = 0.0 if layout == "packed" else 2.0 * rotary_size * s
-        return cls(64 * 1024.0, per_token, h * (s + 4) + 64.0, per_square, tables, *step, score_limit)
+        per_position = 0.0 if layout == "packed" else tables
+        return cls(64 * 1024.0, per_token, h * (s + 4) + 64.0, per_square, per_position, *step, score_limit)
 
     def linear_bytes(self, shape: BatchShape) -> float:
         """What the feed-forward step of `shape` needs, and all that is there all the time."""
