@@ -29,10 +29,14 @@ class RerankerModel(CoreModel):
 
     ``batch_size`` caps the rows of a micro-batch; without it the planner decides."""
 
+    long_documents: str = "truncate"
+    """``"truncate"``, or documents that do not fit beside the query are read in windows and have their best
+    (``"max_passage"``) or mean (``"mean_passage"``) score. ``window_overlap`` and ``max_windows`` go into `model_kwargs`."""
+
     show_progress: bool = False
     """Show a progress bar."""
 
-    _built_from: ClassVar[frozenset[str]] = CoreModel._built_from
+    _built_from: ClassVar[frozenset[str]] = CoreModel._built_from | {"long_documents"}
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -49,8 +53,9 @@ class RerankerModel(CoreModel):
         self._shared.device = chosen_device(self.predict_kwargs, self.model_kwargs)
         return Reranker(
             self.model_name,
-            **{**load_options(self.model_kwargs), "device": self._shared.device},
+            **{**load_options(self.model_kwargs, ("long_documents",)), "device": self._shared.device},
             dtype=self.dtype,
+            long_documents=self.long_documents,
             memory=self.memory,
             hooks=self.hooks,
         )

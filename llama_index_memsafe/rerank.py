@@ -28,7 +28,10 @@ _MAX_LENGTH = 512
 """Tokens of a pair when the caller says nothing: the default of both replaced classes."""
 
 
-_OWN = ("dtype", "hooks", "memory", "query_max_length", "show_progress", "truncation")
+_OWN = (
+    "dtype", "hooks", "long_documents", "max_windows", "memory", "query_max_length", "show_progress", "truncation",
+    "window_overlap",
+)  # fmt: skip
 """Options of ours and of the core's. In `cross_encoder_kwargs` they would be lost in silence."""
 
 
@@ -45,6 +48,8 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         raw_scores: True returns the model's logits; False applies the model's activation (a sigmoid, usually).
         truncation: ``"longest_first"``, or ``"only_second"``: only the passage is cut, never the query.
         query_max_length: Tokens to which a query is cut before it meets a passage. None: not on its own.
+        long_documents: ``"truncate"``, or passages that do not fit beside the query are read in windows and have their best
+            (``"max_passage"``) or mean (``"mean_passage"``) score; see ``memsafe.Reranker``.
         callback_manager: as in ``BaseNodePostprocessor`` (upstream's constructor refuses it).
 
     :meth:`from_flag` builds the replacement of FlagEmbeddingReranker.
@@ -63,6 +68,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
     raw_scores: bool = Field(default=False, description="Return logits.")
     truncation: str = Field(default="longest_first", description="Which side of a long pair is cut.")
     query_max_length: int | None = Field(default=None, description="Tokens to which a query is cut.", gt=0)
+    long_documents: str = Field(default="truncate", description="What becomes of passages that are too long.")
     memory: Any = Field(default=None, description="A memsafe.MemoryPolicy, or a dict of its fields.", exclude=True)
     hooks: Any = Field(default=(), description="Called with the core's events.", exclude=True)
 
@@ -85,6 +91,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         raw_scores: bool = False,
         truncation: Literal["longest_first", "only_second"] = "longest_first",
         query_max_length: int | None = None,
+        long_documents: Literal["truncate", "max_passage", "mean_passage"] = "truncate",
         callback_manager: CallbackManager | None = None,
         devices: Sequence[str] | None = None,
     ) -> None:
@@ -100,6 +107,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
             raw_scores=raw_scores,
             truncation=truncation,
             query_max_length=query_max_length,
+            long_documents=long_documents,
             callback_manager=callback_manager or CallbackManager([]),
         )
         self._check_top_n()
@@ -122,6 +130,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
             dtype=dtype,
             truncation=truncation,
             query_max_length=query_max_length,
+            long_documents=long_documents,
             hooks=self.hooks,
             memory=memory,
         )

@@ -35,6 +35,10 @@ ALONE = {
 """Nothing runs beside them."""
 
 SLOW = {
+    "advice/test_cli_advice.py",
+    "core/test_long_documents.py",
+    "advice/test_measured.py",
+    "advice/test_advice.py::test_the_table_is_computed_again",
     "attention/test_packing.py::test_a_window_takes_memory_by_length_and_not_by_its_square",
     "attention/test_packing.py::test_attention_equals_the_formula",
     "attention/test_packing.py::test_every_pooling_runs_unchanged",

@@ -9,6 +9,8 @@
     reranker = Reranker("BAAI/bge-reranker-v2-m3", memory=MemoryPolicy(limit="6GiB"))
     best = reranker.rerank("a question", texts, top_n=3)
 
+    print(advise("BAAI/bge-m3", device_memory="16GiB"))   # will it fit, and with which settings: before anything is loaded
+
 Start with help(memsafe.Embedder), help(memsafe.Reranker) and help(memsafe.MemoryPolicy); every error is a MemsafeError that
 names its remedy. Importing this imports neither torch nor numpy.
 """
@@ -34,12 +36,14 @@ from memsafe.errors import (
 from memsafe.events import Event, EventHook, RunReport
 
 if TYPE_CHECKING:
+    from memsafe.advice import Advice, advise
     from memsafe.embedder import Embedder, EmbeddingRun
     from memsafe.reranker import RankedDocument, Reranker, RerankRun
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Advice",
     "BusyError",
     "CancelledError",
     "ClosedError",
@@ -63,9 +67,11 @@ __all__ = [
     "Reranker",
     "RunReport",
     "__version__",
+    "advise",
 ]
 
 _LATER = {"Embedder": "embedder", "EmbeddingRun": "embedder"}
+_LATER |= {"Advice": "advice", "advise": "advice"}
 _LATER |= {"RankedDocument": "reranker", "RerankRun": "reranker", "Reranker": "reranker"}
 
 

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from memsafe import inputs
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from memsafe.engine.engine import Engine
     from memsafe.models.ways import Way
 
-__all__ = ["Model", "Options", "in_thread"]
+__all__ = ["Model", "Options", "Prepare", "Work", "in_thread"]
 
 _Result = TypeVar("_Result")
 
@@ -66,6 +66,37 @@ class Options:
                     raise ConfigError(f"{name}: got a {type(options[name]).__name__}; give a str or None")
                 options[name] = str.__str__(options[name])
         return cls(**options, model={name: value for name, value in rest.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call gives the engine. values: distinct inputs as `way` encodes them; positions: of each in the caller's list, or None.
+
+    fold: what makes rows of the caller's distinct inputs of those of `values`; None where they are the same. owners: which of
+    the caller's distinct inputs each of `values` is a part of; None likewise. told: what the report says beside. spent_s: seconds of
+    tokenising before the engine was asked.
+    """
+
+    values: Sequence[Any]
+    way: Way
+    positions: Sequence[int] | None = None
+    fold: Callable[[Any], Any] | None = None
+    owners: Sequence[int] | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)
+    spent_s: float = 0.0
+
+    def rows(self, rows: Any) -> Any:
+        return rows if self.fold is None or rows is None else self.fold(rows)
+
+    def report(self, report: RunReport) -> RunReport:
+        if not self.told:
+            return report
+        spent = {name: getattr(report, name) + self.spent_s for name in ("tokenize_s", "total_s")}
+        return replace(report, **self.told, **spent)
+
+
+Prepare = Callable[[inputs.Distinct, "Way"], Work]
+"""What a call does instead of giving its distinct inputs to the engine as they are."""
 
 
 class Model:
@@ -168,61 +199,63 @@ class Model:
     ) -> None:
         self.close()
 
-    def _run(self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any]) -> tuple[Any, RunReport]:
+    def _run(
+        self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any], prepare: Prepare | None = None
+    ) -> tuple[Any, RunReport]:
         """Rows of `values` in their order (None if there are none) and the report.
 
-        finish: what makes results of the model's rows; used for those of an error, which has some of them.
+        finish: what makes results of the model's rows; used for those of an error, which has some of them. prepare: see
+        :data:`Prepare`.
         """
         distinct = inputs.Distinct(values)
-        way = self._way(options)
+        work = _work(distinct, self._way(options), prepare)
         engine = self._engine
         show = bool(options.show_progress)
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
-            job = self._open(distinct, way, options, progress)
+            job = self._open(work, options, _in_texts(progress, work, len(distinct.values)))
             try:
                 engine.announce(job)
-                engine.feed(job, distinct.values, way)
+                engine.feed(job, work.values, work.way)
                 rows, report = engine.finish(job, num_texts=len(values))
             except InputTooLargeError as error:
-                _spread(error, distinct, finish)
+                _spread(error, distinct, work, finish)
                 raise
             except BaseException:
                 job.cancel()
                 raise
-        return distinct.spread(rows), report
+        return distinct.spread(work.rows(rows)), work.report(report)
 
     async def _arun(
-        self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any]
+        self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any], prepare: Prepare | None = None
     ) -> tuple[Any, RunReport]:
         distinct = inputs.Distinct(values)
         engine = self._engine
         show = bool(options.show_progress)
+        way = await in_thread(self._way, options)
+        work = await in_thread(_work, distinct, way, prepare)
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
-            way = await in_thread(self._way, options)
-            job = self._open(distinct, way, options, progress)
+            job = self._open(work, options, _in_texts(progress, work, len(distinct.values)))
             try:
                 engine.announce(job)
-                await in_thread(engine.feed, job, distinct.values, way)
+                await in_thread(engine.feed, job, work.values, work.way)
                 await asyncio.wrap_future(job.future)
                 rows, report = await in_thread(engine.finish, job, num_texts=len(values))
             except InputTooLargeError as error:
-                _spread(error, distinct, finish)
+                _spread(error, distinct, work, finish)
                 raise
             except BaseException:
                 job.cancel()
                 raise
-        return distinct.spread(rows), report
+        return distinct.spread(work.rows(rows)), work.report(report)
 
-    def _open(
-        self, distinct: inputs.Distinct, way: Way, options: Options, progress: Callable[[int], None] | None
-    ) -> Any:
+    def _open(self, work: Work, options: Options, progress: Callable[[int], None] | None) -> Any:
         return self._engine.open(
-            len(distinct.values),
-            way=way,
+            len(work.values),
+            way=work.way,
             urgent=options.kind == "query" if options.urgent is None else options.urgent,
             max_rows=options.max_rows,
             progress=progress,
-            positions=distinct.positions,
+            positions=work.positions,
         )
 
     def _model_options(self) -> set[str]:
@@ -263,11 +296,33 @@ async def in_thread(function: Callable[..., _Result], *args: Any, **kwargs: Any)
     return await asyncio.wrap_future(future)
 
 
-def _spread(error: InputTooLargeError, distinct: inputs.Distinct, finish: Callable[[Any], Any]) -> None:
-    """Make the error of the distinct inputs one of all inputs of the call."""
+def _work(distinct: inputs.Distinct, way: Way, prepare: Prepare | None) -> Work:
+    return Work(distinct.values, way, distinct.positions) if prepare is None else prepare(distinct, way)
+
+
+def _in_texts(progress: Callable[[int], None] | None, work: Work, num_texts: int) -> Callable[[int], None] | None:
+    """`progress` told of texts where the engine tells of parts of them: by their share, and of all of them in the end."""
+    if progress is None or work.owners is None:
+        return progress
+    lock, done = threading.Lock(), [0, 0]
+
+    def tell(parts: int) -> None:
+        with lock:
+            done[0] += parts
+            texts = done[0] * num_texts // len(work.values) - done[1]
+            done[1] += texts
+        if texts:
+            progress(texts)
+
+    return tell
+
+
+def _spread(error: InputTooLargeError, distinct: inputs.Distinct, work: Work, finish: Callable[[Any], Any]) -> None:
+    """Make the error of the engine's inputs one of all inputs of the call."""
     if error.partial is not None:
-        error.partial = finish(distinct.spread(error.partial))
-    error.failed = distinct.affected(error.failed)
+        error.partial = finish(distinct.spread(work.rows(error.partial)))
+    failed = error.failed if work.owners is None else sorted({work.owners[place] for place in error.failed})
+    error.failed = distinct.affected(failed)
 
 
 def _rename(options: dict[str, Any]) -> dict[str, Any]:

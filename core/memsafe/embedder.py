@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memsafe import inputs
-from memsafe.calls import Model, Options, in_thread
+from memsafe.calls import Model, Options, Prepare, in_thread
 from memsafe.config import MemoryPolicy
-from memsafe.errors import ConfigError
+from memsafe.errors import ConfigError, InputError
 from memsafe.events import EventHook, RunReport
+from memsafe.long_documents import EMBEDDING, MAX_WINDOWS, check, check_spans, prepare_chunks, weighted
 
 __all__ = ["Embedder", "EmbeddingRun"]
 
@@ -43,6 +44,10 @@ class Embedder(Model):
         max_length: tokens after which texts are cut; None as the model says.
         normalize: True scales rows to length 1; None and False leave them as the model makes them.
         truncate_dim: keep only so many leading dimensions.
+        long_documents: what becomes of a text that the model cannot read at once: ``"truncate"``, or ``"mean_windows"``: it is read in
+            windows of tokens, and its row is the mean of theirs, weighted by their tokens, of length 1 where the model gives
+            such rows. window_overlap: tokens that two windows share; None for an eighth. max_windows: of one text; what is
+            beyond is cut, counted and warned of.
         memory: a :class:`MemoryPolicy`, or a dict of its fields.
         hooks: callables that get events (:mod:`memsafe.events`) while work runs.
         show_progress: show a bar for every call.
@@ -64,6 +69,9 @@ class Embedder(Model):
         max_length: int | None = None,
         normalize: bool | None = None,
         truncate_dim: int | None = None,
+        long_documents: str = "truncate",
+        window_overlap: int | None = None,
+        max_windows: int = MAX_WINDOWS,
         memory: MemoryPolicy | dict[str, Any] | None = None,
         hooks: Sequence[EventHook] = (),
         show_progress: bool = False,
@@ -77,10 +85,14 @@ class Embedder(Model):
             "max_length": max_length,
             "normalize": normalize,
             "truncate_dim": truncate_dim,
+            "long_documents": long_documents,
+            "window_overlap": window_overlap,
+            "max_windows": max_windows,
             "memory": memory,
             "hooks": hooks,
             "show_progress": show_progress,
         }
+        self._long = check(long_documents, EMBEDDING, window_overlap, max_windows)
         truncate_dim = _check_dim(truncate_dim)
         if truncate_dim is not None and isinstance(model, (str, os.PathLike)):
             options["truncate_dim"] = truncate_dim  # so that the model itself tells the width that users will get
@@ -118,8 +130,58 @@ class Embedder(Model):
         """
         call = self._call(options)
         texts = inputs.check_texts(texts)
-        rows, report = self._run(texts, call.options, call.scaled)
+        rows, report = self._run(texts, call.options, call.scaled, call.prepare)
         return call.finish(rows, report)
+
+    def embed_chunks(self, document: str, spans: Sequence[tuple[int, int]], **options: Any) -> Array:
+        """Late chunking: one embedding for each span of `document`, each of which has seen all of it: float32, (len(spans), dim).
+
+        One forward over the whole document; then the model's own pooling and what follows it, over the tokens of each span. For
+        models whose pooling is a mean.
+
+        Args:
+            spans: (start, stop) of each chunk, in characters of `document`; they may overlap, and need not cover it. A token
+                belongs to the span that holds its last character.
+            options: as for :meth:`run`; ``kind`` is ``"document"`` unless given.
+
+        Raises:
+            InputError: a span is out of range or holds no token, or the document has more tokens than the model reads at once.
+            ConfigError: the model's pooling is no mean, or it shows no tokens.
+        """
+        call, checked = self._chunks(document, spans, options)
+        if not checked:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        text, prepare = [str.__str__(document)], prepare_chunks(checked)
+        rows, report = self._run(text, call.options, lambda rows: _one_each(rows, len(checked)), prepare)
+        return call.finish(_one_each(rows, len(checked)), report).embeddings
+
+    async def aembed_chunks(self, document: str, spans: Sequence[tuple[int, int]], **options: Any) -> Array:
+        """:meth:`embed_chunks` for asyncio."""
+        call, checked = await in_thread(self._chunks, document, spans, options)
+        if not checked:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        text, prepare = [str.__str__(document)], prepare_chunks(checked)
+        rows, report = await self._arun(text, call.options, lambda rows: _one_each(rows, len(checked)), prepare)
+        return (await in_thread(call.finish, _one_each(rows, len(checked)), report)).embeddings
+
+    def _chunks(self, document: Any, spans: Any, options: dict[str, Any]) -> tuple[_Call, list[tuple[int, int]]]:
+        """The call and the spans, checked."""
+        call = self._call({"kind": "document", **options})
+        if not isinstance(document, str):
+            raise InputError(f"document: got a {type(document).__name__}; give one str", index=None)
+        checked = check_spans(spans, len(document))
+        self._check_mean()
+        return call, checked
+
+    def _check_mean(self) -> None:
+        from memsafe.models import sbert
+
+        modes = sbert.pooling_modes(self.model)
+        if modes != ["mean"]:
+            raise ConfigError(
+                f"embed_chunks: the model's pooling is {' and '.join(modes) or 'none that is known'}, and only a mean can be taken over a "
+                "part of a text; embed the chunks themselves with embed_documents"
+            )
 
     # the same, without blocking an event loop; cancelling the task cancels the work
 
@@ -135,7 +197,7 @@ class Embedder(Model):
         """:meth:`run` for asyncio."""
         call = self._call(options)
         texts = inputs.check_texts(texts)
-        rows, report = await self._arun(texts, call.options, call.scaled)
+        rows, report = await self._arun(texts, call.options, call.scaled, call.prepare)
         return await in_thread(call.finish, rows, report)
 
     @property
@@ -190,14 +252,42 @@ class _Call:
             rows = _quantize(rows, self.precision)
         return EmbeddingRun(np.ascontiguousarray(rows), report)
 
+    @property
+    def prepare(self) -> Prepare | None:
+        """Windows of long texts; None where they are cut."""
+        long = self.embedder._long
+        if long is None:
+            return None
+        from memsafe.models import sbert
+
+        normalises = sbert.normalises(self.embedder.model)
+
+        def fold(rows: Array, owners: Array, tokens: Array) -> Array:
+            found = weighted(rows, owners, tokens)
+            several = np.bincount(owners) > 1
+            if normalises:
+                found[several] = _of_length_one(found[several])
+            return found
+
+        return long.prepare(fold)
+
     def scaled(self, rows: Array) -> Array:
         """`rows` with the leading dimensions and the length that were asked for, float32."""
         if self.truncate_dim is not None:
             rows = rows[:, : self.truncate_dim]
         if self.normalize and len(rows):
-            # as torch.nn.functional.normalize(rows, p=2, dim=1) does, which sentence-transformers uses: eps 1e-12
-            rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-12))
+            rows = _of_length_one(rows)
         return rows
+
+
+def _one_each(rows: Array, chunks: int) -> Array:
+    """The row of a document, shape (1, chunks * dim), as (chunks, dim)."""
+    return rows.reshape(chunks, -1)
+
+
+def _of_length_one(rows: Array) -> Array:
+    """As torch.nn.functional.normalize(rows, p=2, dim=1), which sentence-transformers uses: eps 1e-12."""
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-12)))
 
 
 def _quantize(rows: Array, precision: str) -> Array:

@@ -145,6 +145,10 @@ class RunReport:
     fallbacks: dict[str, int] = field(default_factory=dict)
     non_finite_rows: int = 0
     truncated: int = 0
+    windowed: int = 0
+    """Distinct texts that were cut into several windows (``long_documents``)."""
+    windows: int = 0
+    """Windows computed for them: what reading them whole cost, in inputs."""
     waited_s: float = 0.0
     released_bytes: int = 0
     tokenize_s: float = 0.0
@@ -191,6 +195,8 @@ class RunReport:
             ("budget", f"{size(self.budget_min_bytes)} to {size(self.budget_max_bytes)}"),
             ("time", f"{self.total_s:.2f} s: tokenise {self.tokenize_s:.2f}, compute {self.compute_s:.2f}"),
         ]
+        if self.windowed:
+            rows.insert(2, ("long texts", f"{self.windowed:,} in {self.windows:,} windows"))
         trouble = [
             (self.out_of_memory, f"{self.out_of_memory} out of memory"),
             (self.retries, f"{self.retries} retries"),

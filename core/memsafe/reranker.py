@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memsafe import inputs
-from memsafe.calls import Model, Options, in_thread
+from memsafe.calls import Model, Options, Prepare, in_thread
 from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError, ModelError
 from memsafe.events import EventHook, RunReport
+from memsafe.long_documents import MAX_WINDOWS, RERANKING, best, check, mean
 
 __all__ = ["RankedDocument", "RerankRun", "Reranker"]
 
@@ -49,6 +50,10 @@ class Reranker(Model):
         activation_fn: a callable on scores (torch, float32); None as the model says (sigmoid for one label).
         truncation: what a pair that is too long loses: ``"longest_first"`` (sentence-transformers) or ``"only_second"``
             (FlagEmbedding); query_max_length: tokens after which the query alone is cut before that.
+        long_documents: what becomes of a document that does not fit beside its query: ``"truncate"``, or it is read in windows of
+            tokens, each with the whole query, and has the best (``"max_passage"``) or the mean score (``"mean_passage"``) of
+            them. `truncation` then has nothing to do. window_overlap: tokens that two windows share; None for an eighth.
+            max_windows: of one document; what is beyond is cut, counted and warned of.
         options: whatever else the installed CrossEncoder takes.
     """
 
@@ -65,6 +70,9 @@ class Reranker(Model):
         activation_fn: Callable[[Any], Any] | None = None,
         truncation: str = "longest_first",
         query_max_length: int | None = None,
+        long_documents: str = "truncate",
+        window_overlap: int | None = None,
+        max_windows: int = MAX_WINDOWS,
         memory: MemoryPolicy | dict[str, Any] | None = None,
         hooks: Sequence[EventHook] = (),
         show_progress: bool = False,
@@ -80,12 +88,16 @@ class Reranker(Model):
             "activation_fn": activation_fn,
             "truncation": truncation,
             "query_max_length": query_max_length,
+            "long_documents": long_documents,
+            "window_overlap": window_overlap,
+            "max_windows": max_windows,
             "memory": memory,
             "hooks": hooks,
             "show_progress": show_progress,
         }
         if truncation not in ("longest_first", "only_second"):
             raise ConfigError(f"truncation: got {truncation!r}; choose 'longest_first' or 'only_second'")
+        self._long = check(long_documents, RERANKING, window_overlap, max_windows)
         if num_labels is not None:
             options["num_labels"] = num_labels
         if isinstance(model, str) and activation_fn is not None:
@@ -137,7 +149,7 @@ class Reranker(Model):
         modules take; see :meth:`Embedder.run`.
         """
         call = self._call(options)
-        rows, report = self._run(inputs.check_pairs(pairs), call.options, call.scores)
+        rows, report = self._run(inputs.check_pairs(pairs), call.options, call.scored, call.prepare)
         return call.finish(rows, report)
 
     async def ascore(self, query: str, documents: Sequence[str], **options: Any) -> Array:
@@ -159,7 +171,7 @@ class Reranker(Model):
     async def arun(self, pairs: Sequence[tuple[str, str]], **options: Any) -> RerankRun:
         """:meth:`run` for asyncio."""
         call = self._call(options)
-        rows, report = await self._arun(inputs.check_pairs(pairs), call.options, call.scores)
+        rows, report = await self._arun(inputs.check_pairs(pairs), call.options, call.scored, call.prepare)
         return await in_thread(call.finish, rows, report)
 
     def _check_single_label(self) -> None:
@@ -191,7 +203,20 @@ class _Call:
         if rows is None:
             labels = self.reranker.num_labels
             return RerankRun(np.empty((0,) if labels == 1 else (0, labels), dtype=np.float32), report)
-        return RerankRun(self.scores(rows), report)
+        return RerankRun(self.scored(rows), report)
+
+    @property
+    def prepare(self) -> Prepare | None:
+        """Windows of long documents; None where they are cut."""
+        long = self.reranker._long
+        if long is None:
+            return None
+        fold = best if long.mode == "max_passage" else mean
+        return long.prepare(lambda rows, owners, tokens: fold(self.scores(rows), owners, tokens))
+
+    def scored(self, rows: Any) -> Array:
+        """:meth:`scores` of raw rows; those of windows were scored before they became one."""
+        return self.scores(rows) if self.reranker._long is None else rows
 
     def scores(self, rows: Any) -> Array:
         """Raw rows, shape (pairs, labels), as what was asked for."""

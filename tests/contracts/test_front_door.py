@@ -10,6 +10,7 @@ import pytest
 
 PUBLIC = {
     "memsafe": [
+        "Advice",
         "BusyError",
         "CancelledError",
         "ClosedError",
@@ -33,6 +34,7 @@ PUBLIC = {
         "Reranker",
         "RunReport",
         "__version__",
+        "advise",
     ],
     "llama_index_memsafe": ["MemsafeEmbedding", "MemsafeRerank"],
     "langchain_memsafe": ["MemsafeCrossEncoder", "MemsafeEmbeddings", "MemsafeRerank"],

@@ -233,3 +233,25 @@ def test_construction(demo_reranker: str, minilm: str, tmp_path: Path) -> None:
         MemsafeRerank(model_name=str(tmp_path))
     with pytest.warns(UserWarning, match="random until it is trained"):
         MemsafeRerank(model_name=minilm)
+
+
+def test_long_documents_are_read_in_windows(demo_reranker: str) -> None:
+    """The option goes to the core, with what belongs to it in model_kwargs; a copy that changes it builds a core of its own."""
+    from memsafe import Reranker
+
+    texts = ["nothing of interest here " * 40 + QUERY, "a short one"]
+    documents = [Document(text) for text in texts]
+    kwargs = {"device": "cpu", "max_length": 64, "window_overlap": 4}
+    compressor = MemsafeRerank(model=demo_reranker, model_kwargs=kwargs, long_documents="max_passage", top_n=None)
+    got = compressor.compress_documents(documents, QUERY)
+    with Reranker(
+        demo_reranker, device="cpu", max_length=64, long_documents="max_passage", window_overlap=4
+    ) as reranker:
+        expected = reranker.score(QUERY, texts)
+    scores = {document.page_content: document.metadata["relevance_score"] for document in got}
+    assert largest_difference([scores[text] for text in texts], list(expected)) < 1e-5
+    cut = compressor.model_copy(update={"long_documents": "truncate"})
+    with pytest.warns(UserWarning, match="as the model demands"):
+        cut.compress_documents(documents, QUERY)
+    with pytest.raises(TypeError, match="long_documents"):
+        MemsafeRerank(model=demo_reranker, model_kwargs={"long_documents": "max_passage"})

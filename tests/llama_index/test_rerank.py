@@ -407,3 +407,23 @@ def test_from_flag_in_words(tiny_cross: str) -> None:
     for query in QUERIES.values():
         a, b = (m.postprocess_nodes(make_nodes(texts), query_str=query) for m in (model, flag))
         assert [(n.node.node_id, n.score) for n in a] == [(n.node.node_id, n.score) for n in b]
+
+
+def test_long_passages_are_read_in_windows(demo_reranker: str) -> None:
+    """The option goes to the core: what stands behind 64 tokens counts, sync and async; in cross_encoder_kwargs it is refused."""
+    query = "How do rivers flow?"
+    texts = ["nothing of interest here " * 40 + query, "a short one"]
+    ours = MemsafeRerank(
+        demo_reranker, device="cpu", cross_encoder_kwargs={"max_length": 64}, long_documents="max_passage"
+    )
+    with Reranker(demo_reranker, device="cpu", max_length=64, long_documents="max_passage") as reranker:
+        expected = dict(zip(texts, reranker.score(query, texts).tolist(), strict=True))
+    for got in (
+        ours.postprocess_nodes(make_nodes(texts), query_str=query),
+        asyncio.run(ours.apostprocess_nodes(make_nodes(texts), query_str=query)),
+    ):
+        for node in got:
+            assert node.score == pytest.approx(expected[node.node.get_content()], abs=1e-5)
+    assert ours.to_dict()["long_documents"] == "max_passage"
+    with pytest.raises(ConfigError, match="long_documents"):
+        MemsafeRerank(demo_reranker, cross_encoder_kwargs={"long_documents": "max_passage"})

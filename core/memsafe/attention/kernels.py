@@ -19,7 +19,7 @@ from torch import Tensor
 
 from memsafe.attention.transfer import send
 
-__all__ = ["SHORT_SCORES_BYTES", "attend_short", "choose", "cumulative", "score_limit", "short_limit"]
+__all__ = ["SHORT_SCORES_BYTES", "attend_short", "choose", "cumulative", "offered", "score_limit", "short_limit"]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 """(query, key, value: (1, heads, tokens, dim); starts: int32 (sequences + 1,); longest) -> (1, tokens, heads, dim)."""
@@ -60,6 +60,27 @@ def choose(
             q, k, v, starts, longest, causal=causal, scaling=scaling
         )
     return None
+
+
+def offered(capability: tuple[int, int]) -> dict[str, str]:
+    """Attention kernels for a CUDA card of that compute capability with this torch: "yes", or "no: why".
+
+    Hardware: flash and cuDNN from sm80 on (torch's sdp_utils.cpp), which a T4 (sm75) lacks; math holds all scores.
+    """
+    modern = (
+        "yes" if capability >= (8, 0) else f"no: needs compute capability 8.0, this is {capability[0]}.{capability[1]}"
+    )
+    has_varlen, has_efficient = bool(_varlen_features()), _efficient() is not None
+    varlen = modern if has_varlen else "no: this torch has no varlen_attn (2.10 has)"
+    efficient = "yes" if has_efficient else "no: this torch has no _efficient_attention_forward"
+    return {
+        "packed flash (varlen_attn)": varlen,
+        "packed memory-efficient": efficient,
+        "sdpa flash": modern,
+        "sdpa cuDNN": modern,
+        "sdpa memory-efficient": "yes",
+        "sdpa math (holds all scores)": "yes",
+    }
 
 
 def _on_cuda(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ from memsafe.models.ways import Encoded, Unfit, Way
 from memsafe.planning.batch import TokenizedInput
 from memsafe.planning.order import pieces
 
-__all__ = ["feed"]
+__all__ = ["failure", "feed"]
 
 
 def feed(
@@ -38,7 +38,7 @@ def feed(
         try:
             encoded = way.encode([inputs[i] for i in chunk])
         except Exception as error:
-            job.fail(_failure(error, job, inputs, chunk))
+            job.fail(failure(error, job.position, inputs, chunk))
             break
         items = [_item(i, one, job) for i, one in zip(chunk, encoded, strict=True)]
         truncated += sum(one.truncated for one in encoded)
@@ -59,13 +59,15 @@ def _chars(text: Any) -> int:
     return len(text) if isinstance(text, str) else sum(map(len, text))
 
 
-def _failure(error: Exception, job: Job, inputs: Sequence[Any], chunk: Sequence[int]) -> Exception:
-    """`error` of encoding `chunk`, with the place of the input that is to blame, where one is."""
+def failure(
+    error: Exception, position_of: Callable[[int], int], inputs: Sequence[Any], chunk: Sequence[int]
+) -> Exception:
+    """`error` of encoding `chunk`, with the place of the input that is to blame, where one is. position_of: in the caller's list."""
     if isinstance(error, Unfit):
-        position = job.position(chunk[error.place])
+        position = position_of(chunk[error.place])
         return InputError(f"input {position} {error.reason}", index=position)
     bad = next((i for i in chunk if not _is_unicode(inputs[i])), None)
-    return error if bad is None else _not_unicode(job.position(bad))
+    return error if bad is None else _not_unicode(position_of(bad))
 
 
 def _is_unicode(text: Any) -> bool:

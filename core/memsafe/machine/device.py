@@ -60,6 +60,14 @@ class Device(ABC):
         """CPU cores this process may keep busy, on every kind of device."""
         return self._host.num_cores()
 
+    def host_limits(self) -> list[tuple[str, int]]:
+        """What limits this process's main memory, in words, with bytes, smallest first."""
+        return self._host.limits()
+
+    def cpu_features(self) -> frozenset[str]:
+        """The processor's instruction sets; empty if unknown."""
+        return self._host.cpu_features()
+
     @abstractmethod
     def snapshot(self) -> MemorySnapshot:
         """Memory now. On a CPU about 10 microseconds."""

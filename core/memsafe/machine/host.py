@@ -31,6 +31,10 @@ class Host(ABC):
         """Start the high-water mark again from now. False where the system cannot."""
         return False
 
+    def limits(self) -> list[tuple[str, int]]:
+        """What limits this process's memory, in words, with bytes: cgroups, rlimits; smallest first. Empty if nothing does."""
+        return []
+
     def num_cores(self) -> int:
         """Cores this process may keep busy; at least 1."""
         return max(os.cpu_count() or 1, 1)

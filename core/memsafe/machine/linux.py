@@ -113,6 +113,15 @@ class LinuxHost(Host):
         finally:
             os.close(descriptor)
 
+    def limits(self) -> list[tuple[str, int]]:
+        limits = self._current_limits()
+        found = [("cgroup " + "/".join(level.limits[0].rsplit("/", 2)[1:]), size) for size, level in limits.levels]
+        found += [("RLIMIT_AS", limits.address_space)] if limits.address_space is not None else []
+        found += [("RLIMIT_DATA", limits.data)] if limits.data is not None else []
+        commit = _field(_read(self._meminfo) or b"", b"CommitLimit:", 1024) if limits.strict_overcommit else None
+        found += [("vm.overcommit_memory=2, CommitLimit", commit)] if commit is not None else []
+        return sorted(found, key=lambda limit: limit[1])
+
     def num_cores(self) -> int:
         """Affinity, or the CPU quota of the cgroups where that is less. A fraction of a core is not a core: a thread
         too many makes all of them wait for it when the quota is used up."""

@@ -75,6 +75,11 @@ class ContentTokenizer:
         """The tokenizer's own encoding of a text or a pair, special tokens included."""
         return self._rust.encode(*parts)
 
+    def located(self, text: str) -> tuple[bytes, list[tuple[int, int]]]:
+        """Ids of `text` without special tokens, and the characters that each token stands for: (first, behind the last)."""
+        encoding = self._rust.encode(text, add_special_tokens=False)
+        return array("i", encoding.ids).tobytes(), [(int(start), int(stop)) for start, stop in encoding.offsets]
+
     def _cutter(self, encode: Encode) -> Cutter:
         return Cutter(encode, self._runs, words_apart=self._words is not None)
 

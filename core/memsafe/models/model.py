@@ -239,6 +239,9 @@ class LoadedModel:
             if self._host is None:
                 self._host = Solo(private_copy(self.routes.run) if own else fallbacks.host_copy(self.routes.run))
             host = self._host
+            if "chunks" in extras:
+                chunks = partial(self.routes.chunks_on, item=batch.items[0], extras=extras, device=cpu)
+                return host.rows(chunks)
             if not self.routes.alone(batch.items):
                 features, _ = self.routes.features(host.model, batch.items, extras, cpu)
                 return rows_of_features(host.model, features, extras.get("options"))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memsafe.attention import interface, regrouped
+from memsafe.attention.transfer import send
 from memsafe.models import heads
 from memsafe.models.collate import PackedRow
 from memsafe.models.heads import HEADS
@@ -151,6 +152,23 @@ class PackedModel:
         """
         row = self.pack(ids, lengths, types)
         return self.rows(self.hidden_states(row), row, features)
+
+    @torch.inference_mode()
+    def chunks(
+        self,
+        ids: Any,
+        types: Any,
+        chunks: Sequence[tuple[int, int]],
+        features: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Rows of `chunks`, (first token, behind the last), of one text, which the encoder sees as a whole: (chunks, dim)."""
+        output = self.hidden_states(self.pack(ids, [len(ids)], types))
+        tokens = np.concatenate([np.arange(start, stop) for start, stop in chunks])
+        part = self.pack(
+            ids[tokens], [stop - start for start, stop in chunks], None if types is None else types[tokens]
+        )
+        states = output.last_hidden_state[:, send(tokens, part.device, torch.int64)]
+        return self.rows(type(output)(last_hidden_state=states), part, features)
 
     @torch.inference_mode()
     def rows(

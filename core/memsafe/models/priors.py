@@ -24,9 +24,10 @@ def prior_of(
     small_mask: bool,
     ours: bool,
     class_name: str,
+    in_place: bool = False,
 ) -> CostPrior:
     """attention: transformers' name for it, "none" without. ours: whether packed attention is :mod:`memsafe.attention`'s on a
-    CPU, with a workspace of its own. class_name: of the transformers model."""
+    CPU, with a workspace of its own. class_name: of the transformers model. in_place: whether activations work in place."""
     heads = shape.num_heads
     prior = CostPrior.for_architecture(
         hidden_size=shape.hidden_size,
@@ -40,10 +41,15 @@ def prior_of(
         small_mask=small_mask,
         rotary_size=shape.rotary_size,
         score_limit=kernels.score_limit(heads) if ours and dtype == torch.float32 else 0,
+        in_place=in_place,
+        frees_widest=getattr(config, "model_type", None) == "distilbert",
     )
     if shape.window is not None and packed:
         masks = grouped.window_bytes(shape.window, dtype.itemsize)
-        prior = replace(prior, fixed_bytes=prior.fixed_bytes + masks)
+        # ModernBERT's attention holds query, key and value together while two of them are rotated: 11.5 to 11.7 hidden
+        # sizes per token were measured, more than its narrow feed-forward layers need.
+        per_token = max(prior.per_token_bytes, 11.5 * shape.hidden_size * dtype.itemsize + 4 * 8)
+        prior = replace(prior, fixed_bytes=prior.fixed_bytes + masks, per_token_bytes=per_token)
     elif shape.window is not None:
         # Padded: a mask for the window, one for all, and one in the making; 20 bytes per pair of tokens were measured
         # for ModernBERT in transformers 4.57, 15 in version 5.

@@ -153,6 +153,8 @@ class Routes:
         self, batch: MicroBatch, extras: Mapping[str, Any], around: Callable[[Any], Any] | None = None
     ) -> Tensor:
         """Rows of `batch`, shape (len(batch), dim or labels). around: a context manager for each forward, of its model."""
+        if "chunks" in extras:
+            return self._chunks(batch, extras, around)
         apart = self.alone(batch.items)
         if not apart:
             with nullcontext() if around is None else around(self.run):
@@ -180,6 +182,34 @@ class Routes:
         features, uniform = self.features(self.run, batch.items, extras, self.device_of_rows, batch.multiple)
         with interface.padded(uniform=uniform) if self.check.small_mask_ok else nullcontext():
             return rows_of_features(self.run, features, extras.get("options"))
+
+    def _chunks(
+        self, batch: MicroBatch, extras: Mapping[str, Any], around: Callable[[Any], Any] | None = None
+    ) -> Tensor:
+        """The row of one document: the rows of its chunks end to end, shape (1, chunks * dim)."""
+        if self._packed is None or not batch.packed or self.alone(batch.items):
+            chunks = partial(
+                self.chunks_on, item=batch.items[0], extras=extras, device=self.device_of_rows, around=around
+            )
+            return self._solo_copy().rows(chunks)
+        ids, _, types = _end_to_end(batch)
+        rest = {name: value for name, value in extras.items() if name != "chunks"}
+        with nullcontext() if around is None else around(self.run):
+            return self._packed.chunks(ids, types, extras["chunks"], rest).reshape(1, -1)
+
+    def chunks_on(
+        self,
+        model: Any,
+        item: TokenizedInput,
+        extras: Mapping[str, Any],
+        device: torch.device,
+        around: Callable[[Any], Any] | None = None,
+    ) -> Tensor:
+        """The same by `model`'s own modules on `device`."""
+        rest = {name: value for name, value in extras.items() if name != "chunks"}
+        with nullcontext() if around is None else around(model):
+            features, _ = self.features(model, [item], rest, device)
+            return sbert.forward_chunks(model, features, extras["chunks"], extras.get("options")).reshape(1, -1)
 
     def one_on(
         self,

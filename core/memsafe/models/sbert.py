@@ -17,13 +17,16 @@ __all__ = [
     "check_handed_in",
     "declared_lengths",
     "forward",
+    "forward_chunks",
     "forward_options",
     "has_own_preprocessing",
     "hf_model",
     "hf_tokenizer",
     "is_reranker",
     "max_length",
+    "normalises",
     "own_rows",
+    "pooling_modes",
     "preprocess",
     "resolve_prompt",
     "set_max_length",
@@ -133,6 +136,25 @@ def forward(model: Any, features: Mapping[str, Any], options: Mapping[str, Any] 
     return embeddings
 
 
+def forward_chunks(
+    model: Any, features: Mapping[str, Any], chunks: Sequence[tuple[int, int]], options: Mapping[str, Any] | None = None
+) -> torch.Tensor:
+    """Rows of `chunks`, (first token, behind the last), of the one text in `features`: the first module runs on all of it, the others on
+    the tokens of each chunk."""
+    first, *others = model.children()
+    out = dict(first(dict(features), **(options or {})))
+    rows = []
+    for start, stop in chunks:
+        part = {name: value for name, value in out.items() if name not in ("sentence_embedding", "prompt_length")}
+        part["token_embeddings"] = out["token_embeddings"][:, start:stop]
+        part["attention_mask"] = torch.ones_like(out["attention_mask"][:, start:stop])
+        part["input_ids"] = out["input_ids"][:, start:stop] if "input_ids" in out else part["attention_mask"]
+        for module in others:
+            part = module(part)
+        rows.append(part["sentence_embedding"])
+    return torch.cat(rows)
+
+
 def call_options(model: Any) -> set[str]:
     """Names of keyword arguments that the model's ``encode`` / ``predict`` takes for its own modules."""
     if not isinstance(model, torch.nn.Module) or not _has_modules(model):
@@ -237,6 +259,23 @@ def own_rows(
         list(inputs), normalize_embeddings=False, **given
     )
     return rows
+
+
+def pooling_modes(model: Any) -> list[str]:
+    """What the Pooling module of `model` does ("mean", "cls", ...); [] without one, or with several."""
+    found = [module for module in model.modules() if type(module).__name__ == "Pooling"]
+    if len(found) != 1:
+        return []
+    mode = getattr(found[0], "pooling_mode", None)
+    if mode is None:  # before sentence-transformers 6
+        mode = str(found[0].get_pooling_mode_str()).split("+")
+    return [mode] if isinstance(mode, str) else [str(each) for each in mode]
+
+
+def normalises(model: Any) -> bool:
+    """Whether the last module of `model` scales rows to length 1."""
+    last = next(reversed(list(model.children())), None)
+    return type(last).__name__ == "Normalize"
 
 
 def resolve_prompt(model: Any, prompt: str | None, prompt_name: str | None, kind: str | None) -> str | None:

@@ -59,6 +59,8 @@ class Way:
     """
 
     mode = "opaque"
+    cuts_because = "as the model demands"
+    """What a warning says of inputs that were cut."""
 
     def __init__(self, limits: Limits, extras: dict[str, Any], key: Hashable) -> None:
         self.limits = limits
@@ -95,6 +97,7 @@ class Template:
         if order != list(range(parts)):
             raise ValueError(f"parts in the order {order}")
         self.num_special = sum(part is None for part, _, _ in self._pieces)
+        self.num_before = next(place for place, (part, _, _) in enumerate(self._pieces) if part is not None)
         self._typed = typed and any(any(kind) for _, _, kind in self._pieces)
 
     def fill(self, rows: Sequence[tuple[bytes, ...]]) -> tuple[list[Ids], list[Ids] | None]:
@@ -139,6 +142,50 @@ class Fast(Way):
 
     def without_prompt(self) -> Fast:
         return Fast(self.limits, self.extras, self._tokenizer, self._template, self._normalise, "")
+
+    @property
+    def template(self) -> Template:
+        """Where special tokens stand."""
+        return self._template
+
+    @property
+    def room(self) -> int | None:
+        """Tokens beside the special ones; None for any number."""
+        return self._room
+
+    def whole(self, inputs: Sequence[Any], need: int | None) -> list[tuple[bytes, ...]]:
+        """Contents of `inputs` without special tokens: (ids,) of texts, (query ids, document ids) of pairs; not cut to the room,
+        but after `need` tokens and some more. The prompt is in the text, or in the query; a query is cut where it is to be."""
+        if not inputs or not isinstance(inputs[0], tuple):
+            return [(ids,) for ids in self._all([self._prompt + str(text) for text in inputs], need)]
+        queries = list(dict.fromkeys(query for query, _ in inputs))
+        limit = self.limits.query_max_length
+        firsts = dict(zip(queries, self._all([self._prompt + query for query in queries], need), strict=True))
+        seconds = self._all([document for _, document in inputs], need)
+        return [
+            (firsts[query] if limit is None else firsts[query][: limit * _INT], second)
+            for (query, _), second in zip(inputs, seconds, strict=True)
+        ]
+
+    def head(self) -> bytes:
+        """Contents of the prompt alone."""
+        return self._all([self._prompt], None)[0] if self._prompt else b""
+
+    def located(self, text: str) -> tuple[bytes, list[tuple[int, int]]]:
+        """(ids, from which to which character of `text` each token stands) of the prompt and `text`, not cut. Tokens of the prompt
+        end at 0 or before. Raises :class:`Unfit` where what the model makes of the text cannot be found in it again."""
+        given = self._prompt + text
+        told = self._normalise(given)
+        shift = -len(self._prompt)
+        if len(told) == len(given.strip()) != len(given):
+            shift += len(given) - len(given.lstrip())
+        elif len(told) != len(given):
+            raise Unfit(0, "has letters that change their number when the model makes them small; use embed_documents")
+        ids, places = self._tokenizer.located(told)
+        return ids, [(start + shift, stop + shift) for start, stop in places]
+
+    def _all(self, texts: Sequence[str], need: int | None) -> list[bytes]:
+        return self._tokenizer.ids([self._normalise(text) for text in texts], need)
 
     def encode(self, inputs: Sequence[Text]) -> list[Encoded]:
         rows = self._pairs(inputs) if isinstance(inputs[0], tuple) else self._singles(inputs)

@@ -54,6 +54,8 @@ class CostPrior:
         small_mask: bool = False,
         rotary_size: int = 0,
         score_limit: int = 0,
+        in_place: bool = False,
+        frees_widest: bool = False,
     ) -> CostPrior:
         """The prior of a transformer encoder with hidden size H, feed-forward size I and s bytes per element.
 
@@ -63,12 +65,24 @@ class CostPrior:
         four int64 per token. A padded batch holds its mask per pair of tokens, one bool and one element (one bool
         and one element per token with `small_mask`); eager attention two matrices of scores per head. `vocab_logits`:
         the size of a vocabulary whose logits are computed for every token (SPLADE), else 0. `rotary_size`: elements per
-        head that positions rotate, else 0; a padded batch has one table of cosines and sines for all its sequences. `score_limit`: the longest packed sequence
-        whose scores, (heads, length, length) in float32, are made, else 0.
+        head that positions rotate, else 0; a padded batch has one table of cosines and sines for all its sequences, a packed one a
+        row of them for each token. `score_limit`: the longest packed sequence
+        whose scores, (heads, length, length) in float32, are made, else 0. `in_place`: whether the feed-forward
+        activation writes where its input was, without gates; then its widest tensor exists once, and the peak is where the
+        layer ends: ``(6*H + I)*s``, measured as 10*H*s for BERT's sizes on a CPU and on an H200. `frees_widest`: the layer
+        lets go of that tensor before it ends (DistilBERT): ``(4*H + I)*s``.
         """
         h, i, s = hidden_size, intermediate_size, bytes_per_element
-        per_token = float(max(4 * h + 3 * i, 10 * h) * s if gated else max(3 * h + 2 * i, 8 * h) * s)
+        if gated:
+            per_token = float(max(4 * h + 3 * i, 10 * h) * s)
+        elif in_place:
+            per_token = float(max((4 if frees_widest else 6) * h + i, 8 * h) * s)
+        else:
+            per_token = float(max(3 * h + 2 * i, 8 * h) * s)
         per_token += 4 * 8 + vocab_logits * s
+        tables = 2.0 * rotary_size * s
+        if layout == "packed":
+            per_token += tables
         per_square = 0.0
         step = (0.0, 0.0, 0.0)  # the tensors beside masks and scores were measured with the tracker
         if layout != "packed":
@@ -83,8 +97,17 @@ class CostPrior:
         if attention == "eager":
             per_square += 2 * num_heads * s
         # one pooled row in the model's dtype, one in float32, offsets; workspaces of kernels as 64 KiB
-        tables = 0.0 if layout == "packed" else 2.0 * rotary_size * s
-        return cls(64 * 1024.0, per_token, h * (s + 4) + 64.0, per_square, tables, *step, score_limit)
+        per_position = 0.0 if layout == "packed" else tables
+        return cls(64 * 1024.0, per_token, h * (s + 4) + 64.0, per_square, per_position, *step, score_limit)
+
+    def linear_bytes(self, shape: BatchShape) -> float:
+        """What the feed-forward step of `shape` needs, and all that is there all the time."""
+        tokens = self.fixed_bytes + self.per_token_bytes * shape.tokens + self.per_sequence_bytes * shape.sequences
+        return tokens + self.per_square_bytes * shape.squares + self.per_position_bytes * shape.longest
+
+    def bytes(self, shape: BatchShape) -> float:
+        """What `shape` needs: the dearer one of its steps."""
+        return max(self.linear_bytes(shape), self.attention_bytes(shape))
 
     def attention_bytes(self, shape: BatchShape) -> float:
         """What the attention step of `shape` needs, masks or scores included."""
