@@ -31,7 +31,7 @@ __all__ = ["MemsafeEmbedding"]
 
 _DOCUMENT_PROMPTS = ("text", "document", "passage", "corpus")
 _PER_CALL = (
-    "kind", "max_rows", "model", "normalize", "precision", "progress", "prompt", "prompt_name", "show_progress",
+    "fixed_tokens", "kind", "max_rows", "model", "normalize", "precision", "progress", "prompt", "prompt_name", "show_progress",
     "truncate_dim", "urgent",
 )  # fmt: skip
 """What a call decides by itself, or a field of this class does."""

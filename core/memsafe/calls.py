@@ -39,6 +39,7 @@ class Options:
     prompt_name: str | None = None
     urgent: bool | None = None
     max_rows: int | None = None
+    fixed_tokens: int | None = None
     show_progress: bool | None = None
     progress: Callable[[int], None] | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -219,6 +220,7 @@ class Model:
             way=way,
             urgent=options.kind == "query" if options.urgent is None else options.urgent,
             max_rows=options.max_rows,
+            fixed_tokens=options.fixed_tokens,
             progress=progress,
             positions=distinct.positions,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import itertools
 import logging
 import os
 import threading
@@ -30,13 +31,17 @@ from memsafe.machine.store import CostStore
 from memsafe.models.loading import load
 from memsafe.models.model import LoadedModel, ModelSpec
 from memsafe.models.ways import Way
+from memsafe.planning.batch import BatchShape
 from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostKey, CostModel
-from memsafe.planning.turns import BULK, QUERY, QueueKey
+from memsafe.planning.sizing import usual_block
+from memsafe.planning.turns import BULK, QUERY, Fixed, QueueKey
 
 __all__ = ["Engine"]
 
 log = logging.getLogger("memsafe")
+
+_numbers = itertools.count()
 
 
 class Engine:
@@ -136,14 +141,21 @@ class Engine:
         way: Way,
         urgent: bool,
         max_rows: int | None,
+        fixed_tokens: int | None = None,
         progress: Callable[[int], None] | None = None,
         positions: Sequence[int] | None = None,
     ) -> Job:
-        """Open a job for `num_inputs` distinct inputs, to be given with :meth:`feed`, encoded in `way`."""
+        """Open a job for `num_inputs` distinct inputs, to be given with :meth:`feed`, encoded in `way`.
+
+        fixed_tokens: see :class:`memsafe.planning.turns.Fixed`.
+        """
         self._check_usable()
-        if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
-            raise ConfigError(f"max_rows: got {max_rows!r}; give an int of at least 1, or None for no cap")
+        for name, value in (("max_rows", max_rows), ("fixed_tokens", fixed_tokens)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name}: got {value!r}; give an int of at least 1, or None")
         key = QueueKey((QUERY if urgent else BULK, max_rows, way.key))
+        if fixed_tokens is not None:
+            key = QueueKey((*key, Fixed(fixed_tokens, next(_numbers))))
         emit = self._emit if self._hooks else None
         job = Job(num_inputs, key, way.extras, ReportBuilder(), progress, emit, positions)
         most = self.policy.max_pending if self.policy.on_full == "raise" else None
@@ -161,6 +173,20 @@ class Engine:
         """How inputs of a call with `prompt` and the model's own `options` are encoded; see `models/tokenizing.py`."""
         self._check_usable()
         return self.model.encoder.way(prompt, options)
+
+    def usual_block(self) -> tuple[int, int]:
+        """(texts of a block, tokens of a micro-batch) that suit the first device: see :func:`memsafe.planning.sizing.usual_block`."""
+        self._check_usable()
+        tenant, device = self.runners[0].tenant, self.runners[0].device
+        seen = device.snapshot()
+        with self.backlog.lock:
+            room = tenant.ledger.room_tokens(tenant.ledger.room(seen, 0), 512)
+        return usual_block(
+            device.traits,
+            token_flops=tenant.model.flops(BatchShape(1, 1, 0, 1)),
+            room_tokens=room,
+            max_tokens=self.policy.max_tokens,
+        )
 
     def feed(self, job: Job, inputs: Sequence[Any], way: Way) -> None:
         """Tokenise `inputs`, piece by piece, while the devices compute what is tokenised already."""
