@@ -30,10 +30,12 @@ from memsafe.errors import (
     ModelError,
     ModelNotFoundError,
     ModelTooLargeError,
+    StoreError,
 )
 from memsafe.events import Event, EventHook, RunReport
 
 if TYPE_CHECKING:
+    from memsafe.corpus import CorpusProgress, CorpusReport, Neighbours, Store, embed_corpus, open_store
     from memsafe.embedder import Embedder, EmbeddingRun
     from memsafe.reranker import RankedDocument, Reranker, RerankRun
 
@@ -44,6 +46,8 @@ __all__ = [
     "CancelledError",
     "ClosedError",
     "ConfigError",
+    "CorpusProgress",
+    "CorpusReport",
     "Embedder",
     "EmbeddingRun",
     "Event",
@@ -58,14 +62,22 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "ModelTooLargeError",
+    "Neighbours",
     "RankedDocument",
     "RerankRun",
     "Reranker",
     "RunReport",
+    "Store",
+    "StoreError",
     "__version__",
+    "embed_corpus",
+    "open_store",
 ]
 
 _LATER = {"Embedder": "embedder", "EmbeddingRun": "embedder"}
+_LATER |= dict.fromkeys(
+    ("CorpusProgress", "CorpusReport", "Neighbours", "Store", "embed_corpus", "open_store"), "corpus"
+)
 _LATER |= {"RankedDocument": "reranker", "RerankRun": "reranker", "Reranker": "reranker"}
 
 
