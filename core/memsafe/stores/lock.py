@@ -41,6 +41,12 @@ class WriterLock:
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         self._file.flush()
 
+    def __enter__(self) -> WriterLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def release(self) -> None:
         """Give it up; twice is fine."""
         if self._file is not None:
