@@ -32,7 +32,7 @@ __all__ = ["MemsafeEmbedding"]
 _DOCUMENT_PROMPTS = ("text", "document", "passage", "corpus")
 _PER_CALL = (
     "fixed_tokens", "kind", "max_rows", "model", "normalize", "precision", "progress", "prompt", "prompt_name", "show_progress",
-    "truncate_dim", "urgent",
+    "truncate_dim", "urgent", "warn",
 )  # fmt: skip
 """What a call decides by itself, or a field of this class does."""
 _ROWS_PER_TURN = 512

@@ -40,6 +40,7 @@ class Options:
     urgent: bool | None = None
     max_rows: int | None = None
     fixed_tokens: int | None = None
+    warn: bool = True
     show_progress: bool | None = None
     progress: Callable[[int], None] | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -61,6 +62,8 @@ class Options:
             raise ConfigError(f"kind: got {options['kind']!r}; choose 'query', 'document' or None")
         if options.get("urgent") not in (None, True, False):
             raise ConfigError(f"urgent: got {options['urgent']!r}; give True, False or None")
+        if not isinstance(options.get("warn", True), bool):
+            raise ConfigError(f"warn: got {options['warn']!r}; give True or False")
         for name in ("prompt", "prompt_name"):
             if options.get(name) is not None:
                 if not isinstance(options[name], str):
@@ -181,7 +184,7 @@ class Model:
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
             job = self._start(distinct, way, options, progress)
             try:
-                engine.feed(job, distinct.values, way)
+                engine.feed(job, distinct.values, way, warn=options.warn)
                 rows, report = engine.finish(job, num_texts=len(values))
             except InputTooLargeError as error:
                 _spread(error, distinct, finish)
@@ -201,7 +204,7 @@ class Model:
             way = await in_thread(self._way, options)
             job = self._start(distinct, way, options, progress)
             try:
-                await in_thread(engine.feed, job, distinct.values, way)
+                await in_thread(engine.feed, job, distinct.values, way, warn=options.warn)
                 await asyncio.wrap_future(job.future)
                 rows, report = await in_thread(engine.finish, job, num_texts=len(values))
             except InputTooLargeError as error:

@@ -120,7 +120,7 @@ def embed_corpus(
             embedder,
             writer,
             opened,
-            {"kind": kind, **options, "fixed_tokens": layout["fixed_tokens"], "show_progress": False},
+            {"kind": kind, **options, "fixed_tokens": layout["fixed_tokens"], "show_progress": False, "warn": False},
             stop=stop,
             tell=_teller(progress, bar),
             started=started,
@@ -131,7 +131,7 @@ def embed_corpus(
 def _check(dtype: str, options: Mapping[str, Any]) -> None:
     if dtype not in ("float32", "float16"):
         raise ConfigError(f"dtype: got {dtype!r}; choose 'float32' or 'float16'")
-    for name in ("precision", "progress"):
+    for name in ("precision", "warn"):
         if name in options:
             raise ConfigError(f"{name}: not an option of a corpus; rows are kept as float32 or float16 (dtype)")
 

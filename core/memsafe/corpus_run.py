@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -160,6 +161,12 @@ class CorpusRun:
                 rows = computed
             else:
                 rows[block.missing] = computed
+            if report.truncated and not self._totals.truncated:  # once, not once a block
+                length = self._embedder.max_length or 0
+                warnings.warn(
+                    f"texts longer than {length:,} tokens are cut there, as the model demands; the report counts them",
+                    stacklevel=6,
+                )
             self._totals.add(report)
             tokens, truncated = report.tokens, report.truncated
             with self._lock:

@@ -111,6 +111,7 @@ class Embedder(Model):
             fixed_tokens: let the texts alone decide what is computed together: micro-batches of at most so many tokens, shared
                 with no other call, on a CPU one core each. The same texts then give the same bits again, on the same device and
                 with the same libraries, as long as memory suffices for such micro-batches.
+            warn: False leaves it to the report to say that texts were cut.
             show_progress: a tqdm bar; progress: called with the number of texts just finished.
             Whatever else the model's own modules take in ``encode``, such as ``task`` (see ``get_model_kwargs()``), goes to them.
 

@@ -188,11 +188,11 @@ class Engine:
             max_tokens=self.policy.max_tokens,
         )
 
-    def feed(self, job: Job, inputs: Sequence[Any], way: Way) -> None:
-        """Tokenise `inputs`, piece by piece, while the devices compute what is tokenised already."""
+    def feed(self, job: Job, inputs: Sequence[Any], way: Way, *, warn: bool = True) -> None:
+        """Tokenise `inputs`, piece by piece, while the devices compute what is tokenised already. warn: of those that were cut."""
         truncated = feed(self.backlog, job, inputs, way, self.policy.max_pending, self._learning)
         if truncated:
-            self._tell_truncated(job, truncated, way.max_length or 0)
+            self._tell_truncated(job, truncated, way.max_length or 0, warn=warn)
 
     def _learning(self) -> bool:
         """Whether a device is still looking for its best size, and can use a sample of all texts."""
@@ -231,10 +231,11 @@ class Engine:
             if released:
                 runner.released(job, released)
 
-    def _tell_truncated(self, job: Job, count: int, length: int) -> None:
+    def _tell_truncated(self, job: Job, count: int, length: int, *, warn: bool) -> None:
         job.report.add(truncated=count)
-        some = "1 input was" if count == 1 else f"{count:,} inputs were"
-        warnings.warn(f"{some} longer than {length:,} tokens and cut there, as the model demands", stacklevel=5)
+        if warn:
+            some = "1 input was" if count == 1 else f"{count:,} inputs were"
+            warnings.warn(f"{some} longer than {length:,} tokens and cut there, as the model demands", stacklevel=5)
         if job.emit is not None:
             job.emit(InputsTruncated(self.model.device.name, count, length))
 

@@ -60,7 +60,7 @@ class LinesSource:
         if self._plain:
             return None, text.rstrip("\r\n")
         try:
-            value = json.loads(text)
+            value = json.loads(text.strip())
         except (ValueError, RecursionError) as error:
             at = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             raise InputError(f"{place}: not JSON{at}; repair it, or leave it out", index=position) from error

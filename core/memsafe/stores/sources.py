@@ -201,7 +201,7 @@ class _TableSource:
                     if self._id is not None:
                         ids = part.column(part.schema.get_field_index(self._id)).to_pylist()
                     for name, text in zip(ids, texts, strict=True):
-                        value = text if self._id is None else (name, text)
+                        value = {self._fields.text: text} if self._id is None else (name, text)
                         yield entry_of(value, self._fields, lambda place=position: self.where(place), position)  # type: ignore[misc]
                         position += 1
         except (OSError, self._arrow.ArrowException) as error:
