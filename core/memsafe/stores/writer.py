@@ -73,8 +73,9 @@ class StoreWriter:
         manifest = Manifest.read(path)
         found = differences(manifest.header, header)
         if found:
+            name = manifest.header.made_with.get("model")
             raise StoreError(
-                f"{self.path} was made of something else: {'; '.join(found)}; give the same again, another path, or update=True",
+                f"{self.path} was made of something else, by {name!r}: {'; '.join(found)}; give the same again, another path, or update=True",
                 path=str(self.path),
                 differences=found,
             )
