@@ -247,6 +247,10 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
             "progress": current_progress(),
         }
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the embeddings of texts beside the texts; see :meth:`memsafe.Embedder.identity`."""
+        return self.embedder.identity(**self._options("text"))
+
     def _embed(self, inputs: list[str], prompt_name: str | None = None) -> list[Embedding]:
         """Embeddings of `inputs`, in their order, as lists of python floats (32 bytes each, so convert late)."""
         rows: list[Embedding] = self.embedder.run(inputs, **self._options(prompt_name)).embeddings.tolist()

@@ -38,11 +38,13 @@ if TYPE_CHECKING:
     from memsafe.corpus import CorpusProgress, CorpusReport, Neighbours, Store, embed_corpus, open_store
     from memsafe.embedder import Embedder, EmbeddingRun
     from memsafe.reranker import RankedDocument, Reranker, RerankRun
+    from memsafe.stores.cache import CacheFile
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BusyError",
+    "CacheFile",
     "CancelledError",
     "ClosedError",
     "ConfigError",
@@ -78,6 +80,7 @@ _LATER = {"Embedder": "embedder", "EmbeddingRun": "embedder"}
 _LATER |= dict.fromkeys(
     ("CorpusProgress", "CorpusReport", "Neighbours", "Store", "embed_corpus", "open_store"), "corpus"
 )
+_LATER |= {"CacheFile": "stores.cache"}
 _LATER |= {"RankedDocument": "reranker", "RerankRun": "reranker", "Reranker": "reranker"}
 
 

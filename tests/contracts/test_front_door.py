@@ -11,6 +11,7 @@ import pytest
 PUBLIC = {
     "memsafe": [
         "BusyError",
+        "CacheFile",
         "CancelledError",
         "ClosedError",
         "ConfigError",
@@ -41,8 +42,8 @@ PUBLIC = {
         "embed_corpus",
         "open_store",
     ],
-    "llama_index_memsafe": ["MemsafeEmbedding", "MemsafeRerank"],
-    "langchain_memsafe": ["MemsafeCrossEncoder", "MemsafeEmbeddings", "MemsafeRerank"],
+    "llama_index_memsafe": ["MemsafeEmbedding", "MemsafeKVStore", "MemsafeRerank"],
+    "langchain_memsafe": ["MemsafeByteStore", "MemsafeCrossEncoder", "MemsafeEmbeddings", "MemsafeRerank"],
 }
 HEAVY = {"torch", "transformers", "sentence_transformers", "tokenizers", "llama_index", "langchain_core"}
 

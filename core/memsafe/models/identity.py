@@ -15,6 +15,11 @@ __all__ = ["content_digest"]
 _ELEMENTS = 64
 """Of each tensor so many, evenly spread: a step of training moves nearly all of them, and 400 tensors take milliseconds."""
 
+_NO_MATTER = {"can_flatten_inputs", "chunk_size_feed_forward", "gradient_checkpointing", "is_hpu_graph_enabled"}
+_NO_MATTER |= {"training", "trust_remote_code"}
+"""Settings that change no row."""
+_LONGEST_WORD = 40
+
 _PROBES = (
     "The quick brown fox jumps over 13 lazy dogs; ÀÉÎ ß 東京 мир \U0001f600",
     "lower UPPER MiXeD  under_score\ttab\nline https://example.org/a?b=c 3.14159 -1e-9",
@@ -46,12 +51,17 @@ def content_digest(model: Any, encode: Callable[[Sequence[str]], Sequence[Any]],
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """Numbers and flags of a module, such as an epsilon, a pooling mode or a length."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float))
-    }
+    """What a module was set to, such as an epsilon, a pooling mode or a length; not where it came from."""
+    found = {name: value for name, value in vars(module).items() if not name.startswith("_") and name not in _NO_MATTER}
+    return {name: value for name, value in found.items() if _is_setting(value)}
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_setting, value))
+    if isinstance(value, str):
+        return len(value) <= _LONGEST_WORD and not any(sign in value for sign in "/\\")  # "mean", but no path
+    return isinstance(value, (bool, int, float))
 
 
 def _sample(tensor: torch.Tensor) -> bytes:
