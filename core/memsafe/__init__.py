@@ -37,6 +37,7 @@ from memsafe.events import Event, EventHook, RunReport
 if TYPE_CHECKING:
     from memsafe.corpus import CorpusProgress, CorpusReport, Neighbours, Store, embed_corpus, open_store
     from memsafe.embedder import Embedder, EmbeddingRun
+    from memsafe.handle import EmbedBatches, embed_ray_dataset
     from memsafe.reranker import RankedDocument, Reranker, RerankRun
     from memsafe.stores.cache import CacheFile
 
@@ -50,6 +51,7 @@ __all__ = [
     "ConfigError",
     "CorpusProgress",
     "CorpusReport",
+    "EmbedBatches",
     "Embedder",
     "EmbeddingRun",
     "Event",
@@ -73,6 +75,7 @@ __all__ = [
     "StoreError",
     "__version__",
     "embed_corpus",
+    "embed_ray_dataset",
     "open_store",
 ]
 
@@ -80,7 +83,7 @@ _LATER = {"Embedder": "embedder", "EmbeddingRun": "embedder"}
 _LATER |= dict.fromkeys(
     ("CorpusProgress", "CorpusReport", "Neighbours", "Store", "embed_corpus", "open_store"), "corpus"
 )
-_LATER |= {"CacheFile": "stores.cache"}
+_LATER |= {"CacheFile": "stores.cache", "EmbedBatches": "handle", "embed_ray_dataset": "handle"}
 _LATER |= {"RankedDocument": "reranker", "RerankRun": "reranker", "Reranker": "reranker"}
 
 
