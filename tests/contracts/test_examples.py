@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from examples.passages import MODULES, QUESTIONS, load_passages
+from tests.tiny_models import save_embedder
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_NETWORK = """
@@ -44,6 +45,22 @@ def test_example_runs_offline(example: str, offline: dict[str, str], demo_rerank
     if example in {"demo", "quickstart"}:
         for figure in ("micro-batches", "padding", "budget", "measured", "process peak"):
             assert figure in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="it is killed with SIGKILL")
+@pytest.mark.timeout(600)
+def test_big_corpus(offline: dict[str, str], tmp_path: Path) -> None:
+    """Killed twice, it comes to its end all the same, with every row as it was written and the right text found."""
+    model = save_embedder(tmp_path / "model", num_layers=1)
+    command = [sys.executable, str(ROOT / "examples" / "big_corpus.py"), "16000", str(model)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**offline, "TMPDIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "killed; " in done.stdout and "finished before" in done.stdout
+    assert "16,000 rows" in done.stdout and "problems: none" in done.stdout
+    assert done.stdout.count("note-") == 3
 
 
 def test_passages_are_real_and_varied() -> None:
