@@ -77,23 +77,27 @@ def test_what_is_refused(model: str) -> None:
         handle({"text": ["a", None]})
 
 
-RAY = """
-import json, os, sys, time
-import ray
-from memsafe import EmbedBatches, MemoryPolicy, embed_ray_dataset
-import memsafe.handle
-
-model, out, marker = sys.argv[1:]
+WORKER = """
+import os
+from memsafe import EmbedBatches
 
 class DiesOnce(EmbedBatches):
     def __call__(self, batch):
         found = super().__call__(batch)
         try:
-            os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+            os.close(os.open(os.environ["MARKER"], os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return found
         os._exit(1)  # in the middle of its work, as if it were killed
+"""
+RAY = """
+import json, os, sys
+import ray
+from memsafe import MemoryPolicy, embed_ray_dataset
+from worker import DiesOnce
+import memsafe.handle
 
+model, out = sys.argv[1:]
 memsafe.handle.EmbedBatches = DiesOnce
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
 texts = [{"id": number, "text": f"text {number}"} for number in range(200)]
@@ -102,7 +106,7 @@ embed_ray_dataset(
     memory=MemoryPolicy(learn=False, limit="1GiB"),
 )
 rows = ray.data.read_parquet(out).take_all()
-print(json.dumps([sorted(row["id"] for row in rows), len(rows[0]["embedding"]), os.path.exists(marker)]))
+print(json.dumps([sorted(row["id"] for row in rows), len(rows[0]["embedding"]), os.path.exists(os.environ["MARKER"])]))
 """
 
 
@@ -112,12 +116,13 @@ def test_a_ray_worker_that_dies(model: str, tmp_path: Path) -> None:
     pytest.importorskip("ray.data", reason="needs Ray")
     script = tmp_path / "script.py"
     script.write_text(RAY)
-    command = [sys.executable, str(script), model, str(tmp_path / "out"), str(tmp_path / "died")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
-    )
+    (tmp_path / "worker.py").write_text(WORKER)
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "MARKER": str(tmp_path / "died")}
+    command = [sys.executable, str(script), model, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-5000:]
-    ids, width, died = json.loads(done.stdout.splitlines()[-1])
+    ids, width, died = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
     assert (ids, width, died) == (list(range(200)), 32, True)
 
 
