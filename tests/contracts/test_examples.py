@@ -26,7 +26,8 @@ socket.getaddrinfo = lambda *a, **k: refuse(None, a)
 def offline(tmp_path: Path) -> dict[str, str]:
     """An environment whose Python refuses every connection."""
     (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
-    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 @pytest.mark.slow
