@@ -67,6 +67,7 @@ SLOW = {
     "contracts/test_typing.py::test_checker_sees_our_types",
     "contracts/test_typing.py::test_consumer_type_checks",
     "contracts/test_examples.py::test_big_corpus",
+    "contracts/test_examples.py::test_into_vector_stores",
     "core/test_embedder.py::test_closed",
     "core/test_embedder.py::test_every_architecture",
     "core/test_embedder.py::test_every_pooling_mode",

@@ -80,7 +80,8 @@ class EmbedBatches:
             names = ", ".join(map(repr, batch)) or "nothing"
             raise InputError(f"batch: no column {self.text!r} but {names}; name the right one (text=...)", index=None)
         column = batch[self.text]
-        rows = self.embedder.run(column if isinstance(column, np.ndarray) else list(column), **self._call).embeddings
+        texts: Any = column if isinstance(column, np.ndarray) else list(column)
+        rows = self.embedder.run(texts, **self._call).embeddings
         kept = {name: values for name, values in batch.items() if self.keep_text or name != self.text}
         return {**kept, self.output: rows}
 

@@ -64,6 +64,20 @@ def test_big_corpus(offline: dict[str, str], tmp_path: Path) -> None:
     assert done.stdout.count("note-") == 3
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_into_vector_stores(offline: dict[str, str], tmp_path: Path) -> None:
+    """Every vector store that is installed finds what the exact search finds, in the same order."""
+    command = [sys.executable, str(ROOT / "examples" / "into_vector_stores.py")]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**offline, "TMPDIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = [line.split("  ")[-1].strip() for line in done.stdout.splitlines()[1:]]
+    assert len(found) == 6 and found[0].startswith("secrets.token_urlsafe")
+    assert set(found) <= {found[0], "is not installed"}
+
+
 def test_passages_are_real_and_varied() -> None:
     """A few hundred distinct passages, each question's answer among them, lengths spread over two orders of magnitude."""
     passages = load_passages()
