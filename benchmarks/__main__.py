@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from benchmarks import contenders, machine, report, texts
 from benchmarks.concurrency import concurrency
 from benchmarks.contenders import EMBED, RERANK, Contender
+from benchmarks.corpus import corpus
 from benchmarks.dtype import dtype
 from benchmarks.feeding import feeding
 from benchmarks.overhead import overhead
@@ -154,12 +155,30 @@ class Suite:
         """Tokenising alone, against the way it was done before."""
         return feeding(**({"count": 400, "rounds": 2} if self.quick else {}))
 
+    def corpus(self) -> Results:
+        """Reading, comparing and writing, beyond embedding."""
+        return corpus(folder=self.folder, **({"count": 150, "rounds": 2} if self.quick else {}))
+
     def dtype(self) -> Results:
         """Half precision."""
         return dtype(folder=self.folder, **({"count": 60, "rounds": 2, "budget_s": 10} if self.quick else {}))
 
 
-SECTIONS = ("speed", "rerank", "memory", "concurrency", "prediction", "overhead", "feeding", "dtype", "mixes", "scale")
+SECTIONS = (
+    *(
+        "speed",
+        "rerank",
+        "memory",
+        "concurrency",
+        "prediction",
+        "overhead",
+        "feeding",
+        "corpus",
+        "dtype",
+        "mixes",
+        "scale",
+    ),
+)
 QUICK = ("speed", "rerank", "memory", "concurrency", "prediction", "overhead")
 
 

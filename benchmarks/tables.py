@@ -290,6 +290,40 @@ def feeding(section: Section) -> list[str]:
     return lines + table(["cores", "texts", "a busy Python thread beside", "before", "now, first call", "now"], rows)
 
 
+def corpus(section: Section) -> list[str]:
+    lines = [
+        "## A corpus on the disk",
+        "",
+        "JSON lines to a store, over `embed_documents` on the same texts in memory; and an update that computes nothing.",
+        "",
+    ]
+    return lines + table(
+        [
+            "texts",
+            "tokens/s in memory",
+            "tokens/s to a store",
+            "wall time over it",
+            "processor time over it",
+            "update, texts/s",
+        ],
+        [
+            [
+                f"{row['texts']:,}",
+                *(
+                    f"{statistics.median(row['tokens_per_s'][name]):,.0f}"
+                    for name in ("embed_documents", "embed_corpus")
+                ),
+                spread(row["wall_ratio"], "{:.3f}"),
+                spread(row["cpu_ratio"], "{:.3f}"),
+                f"{row['reused_texts_per_s']:,.0f}",
+            ]
+            if "not_run" not in row
+            else [f"{row['texts']:,}", row["not_run"], *[""] * 4]
+            for row in section["rows"]
+        ],
+    )
+
+
 def dtype(section: Section) -> list[str]:
     return ["## Half precision", "", *_task(section, "times our float32", _speed_of)[2:]]
 
@@ -304,6 +338,7 @@ SECTIONS: dict[str, Callable[[Section], list[str]]] = {
     "prediction": prediction,
     "overhead": overhead,
     "feeding": feeding,
+    "corpus": corpus,
     "dtype": dtype,
 }
 

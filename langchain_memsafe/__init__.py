@@ -1,4 +1,4 @@
-"""memsafe for LangChain: :class:`MemsafeEmbeddings`, :class:`MemsafeRerank` and :class:`MemsafeCrossEncoder`."""
+"""memsafe for LangChain: :class:`MemsafeEmbeddings`, :class:`MemsafeRerank`, :class:`MemsafeCrossEncoder`, :class:`MemsafeByteStore`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ except ModuleNotFoundError as error:
 from langchain_memsafe.cross_encoder import MemsafeCrossEncoder
 from langchain_memsafe.embeddings import MemsafeEmbeddings
 from langchain_memsafe.rerank import MemsafeRerank
+from langchain_memsafe.store import MemsafeByteStore
 
 del _langchain_core
 
-__all__ = ["MemsafeCrossEncoder", "MemsafeEmbeddings", "MemsafeRerank"]
+__all__ = ["MemsafeByteStore", "MemsafeCrossEncoder", "MemsafeEmbeddings", "MemsafeRerank"]

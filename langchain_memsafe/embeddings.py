@@ -101,6 +101,11 @@ class MemsafeEmbeddings(CoreModel, Embeddings):
         """The loaded model, under the name that ``HuggingFaceEmbeddings`` keeps it by."""
         return self.embedder.model
 
+    def identity(self, kind: str = "document") -> dict[str, Any]:
+        """What decides the embeddings beside the texts; see :meth:`memsafe.Embedder.identity`. kind: or ``"query"``."""
+        options = self._query_options(self.embedder) if kind == "query" else self._options(self.encode_kwargs)
+        return self.embedder.identity(**options)
+
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Return one embedding per text, in the order of `texts`; ``[]`` for an empty list.
 

@@ -14,8 +14,9 @@ except ModuleNotFoundError as error:
     ) from error
 
 from llama_index_memsafe.embedding import MemsafeEmbedding
+from llama_index_memsafe.kvstore import MemsafeKVStore
 from llama_index_memsafe.rerank import MemsafeRerank
 
 del _llama_index_core
 
-__all__ = ["MemsafeEmbedding", "MemsafeRerank"]
+__all__ = ["MemsafeEmbedding", "MemsafeKVStore", "MemsafeRerank"]

@@ -31,8 +31,8 @@ __all__ = ["MemsafeEmbedding"]
 
 _DOCUMENT_PROMPTS = ("text", "document", "passage", "corpus")
 _PER_CALL = (
-    "kind", "max_rows", "model", "normalize", "precision", "progress", "prompt", "prompt_name", "show_progress",
-    "truncate_dim", "urgent",
+    "fixed_tokens", "kind", "max_rows", "model", "normalize", "precision", "progress", "prompt", "prompt_name", "show_progress",
+    "truncate_dim", "urgent", "warn",
 )  # fmt: skip
 """What a call decides by itself, or a field of this class does."""
 _ROWS_PER_TURN = 512
@@ -246,6 +246,10 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
             "show_progress": self.show_progress_bar,
             "progress": current_progress(),
         }
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the embeddings of texts beside the texts; see :meth:`memsafe.Embedder.identity`."""
+        return self.embedder.identity(**self._options("text"))
 
     def _embed(self, inputs: list[str], prompt_name: str | None = None) -> list[Embedding]:
         """Embeddings of `inputs`, in their order, as lists of python floats (32 bytes each, so convert late)."""

@@ -32,22 +32,30 @@ from memsafe.errors import (
     ModelError,
     ModelNotFoundError,
     ModelTooLargeError,
+    StoreError,
 )
 from memsafe.events import Event, EventHook, RunReport
 
 if TYPE_CHECKING:
     from memsafe.advice import Advice, advise
+    from memsafe.corpus import CorpusProgress, CorpusReport, Neighbours, Store, embed_corpus, open_store
     from memsafe.embedder import Embedder, EmbeddingRun
+    from memsafe.handle import EmbedBatches, embed_ray_dataset
     from memsafe.reranker import RankedDocument, Reranker, RerankRun
+    from memsafe.stores.cache import CacheFile
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Advice",
     "BusyError",
+    "CacheFile",
     "CancelledError",
     "ClosedError",
     "ConfigError",
+    "CorpusProgress",
+    "CorpusReport",
+    "EmbedBatches",
     "Embedder",
     "EmbeddingRun",
     "Event",
@@ -62,16 +70,26 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "ModelTooLargeError",
+    "Neighbours",
     "RankedDocument",
     "RerankRun",
     "Reranker",
     "RunReport",
+    "Store",
+    "StoreError",
     "__version__",
     "advise",
+    "embed_corpus",
+    "embed_ray_dataset",
+    "open_store",
 ]
 
 _LATER = {"Embedder": "embedder", "EmbeddingRun": "embedder"}
 _LATER |= {"Advice": "advice", "advise": "advice"}
+_LATER |= dict.fromkeys(
+    ("CorpusProgress", "CorpusReport", "Neighbours", "Store", "embed_corpus", "open_store"), "corpus"
+)
+_LATER |= {"CacheFile": "stores.cache", "EmbedBatches": "handle", "embed_ray_dataset": "handle"}
 _LATER |= {"RankedDocument": "reranker", "RerankRun": "reranker", "Reranker": "reranker"}
 
 

@@ -39,6 +39,8 @@ class Options:
     prompt_name: str | None = None
     urgent: bool | None = None
     max_rows: int | None = None
+    fixed_tokens: int | None = None
+    warn: bool = True
     show_progress: bool | None = None
     progress: Callable[[int], None] | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -60,6 +62,8 @@ class Options:
             raise ConfigError(f"kind: got {options['kind']!r}; choose 'query', 'document' or None")
         if options.get("urgent") not in (None, True, False):
             raise ConfigError(f"urgent: got {options['urgent']!r}; give True, False or None")
+        if not isinstance(options.get("warn", True), bool):
+            raise ConfigError(f"warn: got {options['warn']!r}; give True or False")
         for name in ("prompt", "prompt_name"):
             if options.get(name) is not None:
                 if not isinstance(options[name], str):
@@ -215,7 +219,7 @@ class Model:
             job = self._open(work, options, _in_texts(progress, work, len(distinct.values)))
             try:
                 engine.announce(job)
-                engine.feed(job, work.values, work.way)
+                engine.feed(job, work.values, work.way, warn=options.warn)
                 rows, report = engine.finish(job, num_texts=len(values))
             except InputTooLargeError as error:
                 _spread(error, distinct, work, finish)
@@ -237,7 +241,7 @@ class Model:
             job = self._open(work, options, _in_texts(progress, work, len(distinct.values)))
             try:
                 engine.announce(job)
-                await in_thread(engine.feed, job, work.values, work.way)
+                await in_thread(engine.feed, job, work.values, work.way, warn=options.warn)
                 await asyncio.wrap_future(job.future)
                 rows, report = await in_thread(engine.finish, job, num_texts=len(values))
             except InputTooLargeError as error:
@@ -254,6 +258,7 @@ class Model:
             way=work.way,
             urgent=options.kind == "query" if options.urgent is None else options.urgent,
             max_rows=options.max_rows,
+            fixed_tokens=options.fixed_tokens,
             progress=progress,
             positions=work.positions,
         )

@@ -120,6 +120,10 @@ class Embedder(Model):
             urgent: whether the call goes before bulk work that waits; None: queries do.
             precision: float32, int8, uint8, binary, ubinary, as sentence-transformers' ``quantize_embeddings``.
             max_rows: the most texts in one micro-batch.
+            fixed_tokens: let the texts alone decide what is computed together: micro-batches of at most so many tokens, shared
+                with no other call, on a CPU one core each. The same texts then give the same bits again, on the same device and
+                with the same libraries, as long as memory suffices for such micro-batches.
+            warn: False leaves it to the report to say that texts were cut.
             show_progress: a tqdm bar; progress: called with the number of texts just finished, in the thread that computed
                 them, which waits for it; what it raises is raised here.
             Whatever else the model's own modules take in ``encode``, such as ``task`` (see ``get_model_kwargs()``), goes to them.
@@ -217,6 +221,34 @@ class Embedder(Model):
     def prompts(self) -> dict[str, str]:
         """The prompts that the model saved, by name."""
         return dict(getattr(self.model, "prompts", None) or {})
+
+    def identity(self, **options: Any) -> dict[str, Any]:
+        """What decides the rows of a call with these options of :meth:`run`, beside the texts; ready for JSON.
+
+        Two embedders with equal identities give the same rows (to rounding: device and libraries are not part of it), so rows
+        may be kept under it. ``model`` is a digest of what the model holds, so that a folder that moves stays the same model
+        and one that is trained further does not; ``dimension``: of a row.
+        """
+        from memsafe.models import sbert
+
+        call = self._call(options)
+        given, model = call.options, self._engine.model
+        try:
+            prompt = sbert.resolve_prompt(self.model, given.prompt, given.prompt_name, given.kind)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        width = self.dimension
+        return {
+            "model": model.content,
+            "dtype": model.dtype_name,
+            "max_length": self.max_length,
+            "kind": given.kind,
+            "prompt": prompt or "",
+            "model_options": {name: str(value) for name, value in sorted(given.model.items())},
+            "normalize": bool(call.normalize),
+            "precision": call.precision,
+            "dimension": width if call.truncate_dim is None else min(width, call.truncate_dim),
+        }
 
     def _call(self, options: dict[str, Any]) -> _Call:
         given = options.pop("normalize", None), _check_dim(options.pop("truncate_dim", None))

@@ -14,6 +14,7 @@
   * :class:`BusyError`: the queue is full and the policy says not to wait.
   * :class:`ClosedError` (also ``RuntimeError``): used after ``close()``, or its worker has died.
   * :class:`CancelledError`: the call was cancelled before it finished.
+  * :class:`StoreError`: embeddings on disk cannot be read, written, or gone on with.
   * :class:`MissingExtraError` (also ``ImportError``): an optional dependency is not installed.
 
 Messages say what was wrong, what was got, which limit it met and what to do about it. They never contain a user's text.
@@ -35,6 +36,7 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "ModelTooLargeError",
+    "StoreError",
 ]
 
 
@@ -109,6 +111,16 @@ class ClosedError(MemsafeError, RuntimeError):
 
 class CancelledError(MemsafeError):
     """The call was cancelled; its places in the queue and its memory have been given back."""
+
+
+class StoreError(MemsafeError):
+    """A store of embeddings is damaged, in use, of a newer version, made of something else, or cannot be written.
+
+    Attributes: ``path``: where; ``differences``: what keeps a run from going on with it, one sentence each, if that is it.
+    """
+
+    path: str | None = None
+    differences: list[str] = []  # noqa: RUF012 - replaced, never changed in place
 
 
 class MissingExtraError(MemsafeError, ImportError):

@@ -272,6 +272,8 @@ class SimulatedModel:
 
     # what memsafe asks of it: see memsafe.models.model.LoadedModel
 
+    name, content, commit = "simulated", "simulated", None
+
     def cost_key(self) -> CostKey:
         layout = "packed" if self.packed else "padded"
         return CostKey("simulated", "", self.dtype_name, "", layout, self.device.name, "")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from examples.passages import MODULES, QUESTIONS, load_passages
+from tests.tiny_models import save_embedder
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_NETWORK = """
@@ -25,7 +26,8 @@ socket.getaddrinfo = lambda *a, **k: refuse(None, a)
 def offline(tmp_path: Path) -> dict[str, str]:
     """An environment whose Python refuses every connection."""
     (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
-    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 @pytest.mark.slow
@@ -44,6 +46,36 @@ def test_example_runs_offline(example: str, offline: dict[str, str], demo_rerank
     if example in {"demo", "quickstart"}:
         for figure in ("micro-batches", "padding", "budget", "measured", "process peak"):
             assert figure in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="it is killed with SIGKILL")
+@pytest.mark.timeout(600)
+def test_big_corpus(offline: dict[str, str], tmp_path: Path) -> None:
+    """Killed twice, it comes to its end all the same, with every row as it was written and the right text found."""
+    model = save_embedder(tmp_path / "model", num_layers=1)
+    command = [sys.executable, str(ROOT / "examples" / "big_corpus.py"), "16000", str(model)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**offline, "TMPDIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "killed; " in done.stdout and "finished before" in done.stdout
+    assert "16,000 rows" in done.stdout and "problems: none" in done.stdout
+    assert done.stdout.count("note-") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_into_vector_stores(offline: dict[str, str], tmp_path: Path) -> None:
+    """Every vector store that is installed finds what the exact search finds, in the same order."""
+    command = [sys.executable, str(ROOT / "examples" / "into_vector_stores.py")]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**offline, "TMPDIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = [line.split("  ")[-1].strip() for line in done.stdout.splitlines()[1:]]
+    assert len(found) == 6 and found[0].startswith("secrets.token_urlsafe")
+    assert set(found) <= {found[0], "is not installed"}
 
 
 def test_passages_are_real_and_varied() -> None:

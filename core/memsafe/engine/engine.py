@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import logging
 import os
 import threading
@@ -29,13 +30,17 @@ from memsafe.machine.store import CostStore
 from memsafe.models.loading import load, size_of
 from memsafe.models.model import LoadedModel, ModelSpec
 from memsafe.models.ways import Way
+from memsafe.planning.batch import BatchShape
 from memsafe.planning.budget import MemoryBudget
 from memsafe.planning.cost import CostKey, CostModel
-from memsafe.planning.turns import BULK, QUERY, QueueKey
+from memsafe.planning.sizing import usual_block
+from memsafe.planning.turns import BULK, QUERY, Fixed, QueueKey
 
 __all__ = ["Engine"]
 
 log = logging.getLogger("memsafe")
+
+_numbers = itertools.count()
 
 
 class Engine:
@@ -137,20 +142,27 @@ class Engine:
         way: Way,
         urgent: bool,
         max_rows: int | None,
+        fixed_tokens: int | None = None,
         progress: Callable[[int], None] | None = None,
         positions: Sequence[int] | None = None,
     ) -> Job:
         """Open a job for `num_inputs` distinct inputs, encoded in `way`: :meth:`announce` lets it in, :meth:`feed` gives it
-        inputs, and whatever happens between, :meth:`Job.cancel` takes it out again."""
+        inputs, and whatever happens between, :meth:`Job.cancel` takes it out again.
+
+        fixed_tokens: see :class:`memsafe.planning.turns.Fixed`.
+        """
         self._check_usable()
         if in_a_lane():
             raise ConfigError(
                 "progress: the callback called the model again, in the thread that computes, which would wait for itself; "
                 "hand such work to another thread"
             )
-        if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
-            raise ConfigError(f"max_rows: got {max_rows!r}; give an int of at least 1, or None for no cap")
+        for name, value in (("max_rows", max_rows), ("fixed_tokens", fixed_tokens)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name}: got {value!r}; give an int of at least 1, or None for no cap")
         key = QueueKey((QUERY if urgent else BULK, max_rows, way.key))
+        if fixed_tokens is not None:
+            key = QueueKey((*key, Fixed(fixed_tokens, next(_numbers))))
         emit = self._hooks if self._given_hooks else None
         return Job(num_inputs, key, way.extras, ReportBuilder(), progress, emit, positions)
 
@@ -172,11 +184,25 @@ class Engine:
         self._check_usable()
         return self.model.encoder.way(prompt, options)
 
-    def feed(self, job: Job, inputs: Sequence[Any], way: Way) -> None:
-        """Tokenise `inputs`, piece by piece, while the devices compute what is tokenised already."""
+    def usual_block(self) -> tuple[int, int]:
+        """(texts of a block, tokens of a micro-batch) that suit the first device: see :func:`memsafe.planning.sizing.usual_block`."""
+        self._check_usable()
+        tenant, device = self.runners[0].tenant, self.runners[0].device
+        seen = device.snapshot()
+        with self.backlog.lock:
+            room = tenant.ledger.room_tokens(tenant.ledger.room(seen, 0), 512)
+        return usual_block(
+            device.traits,
+            token_flops=tenant.model.flops(BatchShape(1, 1, 0, 1)),
+            room_tokens=room,
+            max_tokens=self.policy.max_tokens,
+        )
+
+    def feed(self, job: Job, inputs: Sequence[Any], way: Way, *, warn: bool = True) -> None:
+        """Tokenise `inputs`, piece by piece, while the devices compute what is tokenised already. warn: of those that were cut."""
         truncated = feed(self.backlog, job, inputs, way, self.policy.max_pending, self._learning)
         if truncated:
-            self._tell_truncated(job, truncated, way.max_length or 0, way.cuts_because)
+            self._tell_truncated(job, truncated, way.max_length or 0, way.cuts_because, warn=warn)
 
     def _learning(self) -> bool:
         """Whether a device is still looking for its best size, and can use a sample of all texts."""
@@ -216,10 +242,11 @@ class Engine:
             if released:
                 runner.released(job, released)
 
-    def _tell_truncated(self, job: Job, count: int, length: int, because: str) -> None:
+    def _tell_truncated(self, job: Job, count: int, length: int, because: str, *, warn: bool) -> None:
         job.report.add(truncated=count)
-        some = "1 input was" if count == 1 else f"{count:,} inputs were"
-        warnings.warn(f"{some} longer than {length:,} tokens and cut there, {because}", stacklevel=5)
+        if warn:
+            some = "1 input was" if count == 1 else f"{count:,} inputs were"
+            warnings.warn(f"{some} longer than {length:,} tokens and cut there, {because}", stacklevel=5)
         if job.emit is not None:
             job.emit(InputsTruncated(self.model.device.name, count, length))
 

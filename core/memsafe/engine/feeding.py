@@ -31,7 +31,8 @@ def feed(
     """
     chars = [_chars(value) for value in inputs]
     truncated = 0
-    for chunk in pieces(chars, learning):
+    fixed, gathered = job.key.fixed is not None, list[TokenizedInput]()
+    for chunk in pieces(chars, (lambda: False) if fixed else learning):
         if job.done:
             break
         started = time.perf_counter()
@@ -43,7 +44,12 @@ def feed(
         items = [_item(i, one, job) for i, one in zip(chunk, encoded, strict=True)]
         truncated += sum(one.truncated for one in encoded)
         job.report.add(tokenize_s=time.perf_counter() - started)
-        backlog.extend(job, items, max_pending)
+        if fixed:  # what has come when a micro-batch is cut must not depend on how fast it came
+            gathered += items
+        else:
+            backlog.extend(job, items, max_pending)
+    if gathered:
+        backlog.extend(job, gathered, max_pending, whole=True)
     return truncated
 
 

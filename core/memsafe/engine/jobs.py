@@ -162,16 +162,22 @@ class Backlog:
             self.queues.announce(job, num_inputs)
         return None
 
-    def extend(self, job: Job, items: Iterable[TokenizedInput], max_pending: int | None = None) -> None:
-        """Put `items` of `job` in the queue, waiting for room while `max_pending` others wait. Ends early if it is done."""
+    def extend(
+        self, job: Job, items: Iterable[TokenizedInput], max_pending: int | None = None, *, whole: bool = False
+    ) -> None:
+        """Put `items` of `job` in the queue, waiting for room while `max_pending` others wait. Ends early if it is done.
+
+        whole: all at once, when there is room for all or nothing else waits.
+        """
         items = list(items)
         job.backlog = self  # before looking whether it is done: who ends it from now on takes its items out again
         while items and not job.done:
             with self.lock:
                 if max_pending is not None:
-                    while self.queues.pending >= max_pending and not job.done and self._ended is None:
+                    most = max(max_pending - len(items) + 1, 1) if whole else max_pending
+                    while self.queues.pending >= most and not job.done and self._ended is None:
                         self._room.wait(0.1)
-                    room = max(max_pending - self.queues.pending, 0)
+                    room = len(items) if whole else max(max_pending - self.queues.pending, 0)
                 else:
                     room = len(items)
                 now, items = items[:room], items[room:]

@@ -19,6 +19,7 @@ from memsafe.errors import ConfigError
 from memsafe.machine.device import Device, open_device
 from memsafe.machine.refusals import is_out_of_memory
 from memsafe.models import checkstore, fallbacks, sbert, weights
+from memsafe.models.identity import content_digest
 from memsafe.models.priors import prior_of
 from memsafe.models.private import private_copy
 from memsafe.models.routes import Routes, Solo, rows_of_features
@@ -106,6 +107,17 @@ class LoadedModel:
     @property
     def pad_multiple(self) -> int:
         return 8 if self.device.kind == "cuda" and not self.packed else 1
+
+    @cached_property
+    def content(self) -> str:
+        """The same for the same model, whatever it is called and wherever its files lie: see :mod:`memsafe.models.identity`."""
+        otherwise = self._revision or self.name
+        return content_digest(self.st, self.encoder.way(None, {}).encode, otherwise)
+
+    @property
+    def commit(self) -> str | None:
+        """The hub's name of the revision that was loaded, where it came from there."""
+        return getattr(self.config, "_commit_hash", None)
 
     # what planning wants to know
 

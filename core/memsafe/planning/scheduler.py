@@ -60,7 +60,10 @@ class Scheduler:
     @property
     def most_lanes(self) -> int:
         """How many micro-batches could be in flight at once: of bulk work, and one query more."""
-        return max((tenant.sizing.lanes[0] for tenant in self.tenants), default=0) + 1 + len(self.paused)
+        lanes = max((tenant.sizing.lanes[0] for tenant in self.tenants), default=0)
+        if self.traits.side_by_side and lanes:
+            lanes = max(lanes, self.traits.cores)  # those of a call whose micro-batches are fixed
+        return lanes + 1 + len(self.paused)
 
     def running(self, besides: Ticket | None = None) -> list[Ticket]:
         """In flight and not paused."""
@@ -105,13 +108,13 @@ class Scheduler:
     def _consider(
         self, tenant: Tenant, priority: int, running: Sequence[Ticket], seen: Seen, now: float
     ) -> Ticket | Tidy | None:
-        lanes, threads = tenant.sizing.lanes
+        key = tenant.queues.first(priority)
+        lanes, threads = self._lanes(tenant, key)
         busy, urgent = len(running), priority == QUERY
         if busy >= lanes + urgent:  # a query may use one lane more, so that it need not wait for a whole micro-batch
             return None
         if busy and self.traits.side_by_side and (lanes, threads) != self._division and not urgent:
             return None  # another division of the cores is still at work
-        key = tenant.queues.first(priority)
         items, tokens = tenant.queues.view(key)
         tenant.ledger.cost.exact_heap = seen.exact_heap
         room_bytes = tenant.ledger.room(seen.snapshot, sum(ticket.bound_bytes for ticket in running))
@@ -123,11 +126,12 @@ class Scheduler:
         batch = planner.take(items, start, cost=tenant.ledger.cost, budget_bytes=room_bytes, max_tokens=size.tokens)
         bound_bytes = tenant.ledger.bound(batch.shape)
         fits = bound_bytes <= room_bytes
+        cut = not fits or _is_cut(planner, batch, start, items, size.tokens)
         tidy = self.tidying.before(
             seen,
             tenant.policy.release,
             refused=not fits,
-            cut=not fits or _is_cut(planner, batch, start, items, size.tokens),
+            cut=cut,
             busy=busy,
             lanes=lanes,
             bound_bytes=bound_bytes,
@@ -136,17 +140,23 @@ class Scheduler:
         if tidy is not None:
             return tidy
         probe = fits and self._wants_probe(tenant, batch.shape.tokens)
-        if busy and (probe or not fits):
+        if busy and (probe or not fits or (cut and key.fixed is not None)):
             return None  # a probe runs alone; or those in flight will give memory back
         tenant.queues.take(key, start, len(batch))
         tenant.sizing.took(size)
         tenant.extra_probes -= extra
         if not busy:
             self._division = (lanes, threads)
-        if threads is not None and (probe or (not busy and not tenant.queues.pending)):
+        if threads is not None and key.fixed is None and (probe or (not busy and not tenant.queues.pending)):
             threads = self.traits.cores  # nobody else wants them
         released, tenant.released_bytes = tenant.released_bytes, 0
         return Ticket(batch, bound_bytes, room_bytes, probe, fits, size, threads, released, seen.exact_heap)
+
+    def _lanes(self, tenant: Tenant, key: QueueKey) -> tuple[int, int | None]:
+        """(micro-batches in flight, cores of each): as was found best, but a core each where bits must not depend on that."""
+        if key.fixed is not None and self.traits.side_by_side:
+            return self.traits.cores, 1
+        return tenant.sizing.lanes
 
     def _size(
         self,
@@ -161,6 +171,8 @@ class Scheduler:
         """How large the next micro-batch may be, where in `items` it begins, and whether it is one more to be measured; None
         if it should wait for what is in flight."""
         sizing, ledger = tenant.sizing, tenant.ledger
+        if key.fixed is not None:
+            return Size(min(key.fixed.tokens, tenant.policy.max_tokens or key.fixed.tokens)), 0, False
         mean_len = sum(item.num_tokens for item in items[:: max(len(items) // 16, 1)]) / min(len(items), 16)
         pending = Pending(
             tokens,

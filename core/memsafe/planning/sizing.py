@@ -17,7 +17,7 @@ from memsafe.planning.cores import LaneChoice
 from memsafe.planning.speed import Sample, SpeedCurve, size_class
 from memsafe.planning.traits import Traits
 
-__all__ = ["Pending", "Size", "Sizing"]
+__all__ = ["Pending", "Size", "Sizing", "usual_block"]
 
 _TRIES = 4
 """So many micro-batches are asked to fill a size; if none does, texts are such that none will."""
@@ -67,6 +67,21 @@ class Size:
 
     tokens: int
     trial: bool = False
+
+
+def usual_block(traits: Traits, *, token_flops: float, room_tokens: int, max_tokens: int | None) -> tuple[int, int]:
+    """(texts of a block, tokens of a micro-batch) for work whose cuts are decided beforehand and must not be learnt.
+
+    Where launching is the limit, a few times what the device computes while one forward is launched; never more than half of
+    what there is room for, as two are in flight. A block is some tens of micro-batches of texts of a hundred tokens, so that
+    little is lost with it.
+    """
+    if traits.side_by_side:
+        return 1024, min(traits.searched_tokens or traits.start_tokens, max_tokens or 1 << 62)
+    tokens = min(max(int(2 * traits.launch_flops / token_flops), 4096), 1 << 16)
+    while tokens > max(room_tokens // 2, traits.start_tokens):
+        tokens //= 2
+    return 8192, min(tokens, max_tokens or tokens)
 
 
 class Sizing:

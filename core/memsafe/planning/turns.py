@@ -5,12 +5,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from memsafe.planning.batch import TokenizedInput
 from memsafe.planning.speed import size_class
 
-__all__ = ["BULK", "QUERY", "QueueKey", "Queues", "Turns"]
+__all__ = ["BULK", "QUERY", "Fixed", "QueueKey", "Queues", "Turns"]
 
 QUERY, BULK = 0, 1
 FAIRNESS = 4
@@ -21,18 +22,37 @@ OLDEST = 4
 _Tenant = TypeVar("_Tenant", bound=Hashable)
 
 
-class QueueKey(tuple[int, int | None, Hashable]):
-    """What inputs must share to run in one micro-batch: (priority, row cap, features). Lower priority runs first."""
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """Micro-batches that the texts of one call alone decide: of at most `tokens` tokens, shared with no other call and cut by
+    neither what is being learnt nor what else is in flight, so that the same texts give the same bits again.
+
+    number: of the call; of several, the first is finished first.
+    """
+
+    tokens: int
+    number: int
+
+
+class QueueKey(tuple[Any, ...]):
+    """What inputs must share to run in one micro-batch: (priority, row cap, features), and who is alone in his queue may add a
+    :class:`Fixed`. Lower priority runs first."""
 
     __slots__ = ()
 
     @property
     def priority(self) -> int:
-        return self[0]
+        priority: int = self[0]
+        return priority
 
     @property
     def max_rows(self) -> int | None:
-        return self[1]
+        cap: int | None = self[1]
+        return cap
+
+    @property
+    def fixed(self) -> Fixed | None:
+        return self[3] if len(self) > 3 else None
 
 
 class Queues:
@@ -117,8 +137,11 @@ class Queues:
         return sorted({key.priority for key in self._queues})
 
     def first(self, priority: int) -> QueueKey:
-        """Of the queues of this priority, which must have one, the one that has waited longest for its turn."""
-        return next(key for key in self.keys() if key.priority == priority)
+        """Of the queues of this priority, which must have one, the one that has waited longest for its turn. Of those that are
+        :class:`Fixed` only the first call's has one: the next one's is to follow without a gap, not to be done with it."""
+        keys = [key for key in self.keys() if key.priority == priority]
+        first = min((key.fixed.number for key in keys if key.fixed is not None), default=None)
+        return next(key for key in keys if key.fixed is None or key.fixed.number == first)
 
     def view(self, key: QueueKey) -> tuple[list[TokenizedInput], int]:
         """Items of a queue that may run next, longest first, and the tokens of the whole queue.
