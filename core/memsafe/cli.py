@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from memsafe import cli_advice
 from memsafe.cli_output import (
     INTERRUPTED,
     AsJson,
@@ -34,6 +35,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Embeddings and reranking inside the memory that is there."
 )
 app.add_typer(store_app, name="store")
+cli_advice.register(app)
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A folder, or a name on the hub.")]
 Limit = Annotated[str | None, typer.Option(help="The most memory to take on the device, such as 3GiB or 80%.")]
