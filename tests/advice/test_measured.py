@@ -31,7 +31,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """(architecture, the model as memsafe loaded it, what is expected of its folder)."""
     name = request.param
     sizes = SIZES | {"intermediate_size": WIDTHS.get(name, 512), "max_positions": 2048}
-    folder = models.save_embedder(tmp_path_factory.mktemp(name) / "model", name, max_length=2048, **sizes)
+    folder = models.save_embedder(tmp_path_factory.mktemp(name) / "model", name, max_length=2040, **sizes)
     return name, models.loaded(folder), Estimate(facts.look(str(folder), rerank=None), "float32", "cpu")
 
 

@@ -294,7 +294,7 @@ def test_an_error_under_one_limit_does_not_end_the_section(tmp_path: Path) -> No
     work = models.workload("bge-m3", [20, 30, 40, 50], 3)
     row = prediction._under_limits(setting, st, work, [-1, 4096, GiB], 0)
     assert row["limits"] == 3 and len(row["errors"]) == 2
-    assert "ConfigError" in row["errors"][0] and "out of memory" in row["errors"][1]
+    assert "ConfigError" in row["errors"][0] and "ModelTooLargeError" in row["errors"][1]
     assert row["outcome"].startswith("WRONG") and prove.kept_not(row)
     assert row["micro_batches"] > 0
 

@@ -123,9 +123,10 @@ def test_a_real_run_adds_up(minilm: str, passages: list[str]) -> None:
     client = pytest.importorskip("prometheus_client")
     registry = client.CollectorRegistry()
     reports: list[Any] = []
+    texts = [passage[:300] for passage in passages[:20]]
     with Embedder(minilm, device="cpu", hooks=[PrometheusHook(registry)]) as embedder:
         threads = [
-            threading.Thread(target=lambda part=part: reports.append(embedder.run(passages[part : part + 5]).report))
+            threading.Thread(target=lambda part=part: reports.append(embedder.run(texts[part : part + 5]).report))
             for part in (0, 5, 10, 15)
         ]
         for thread in threads:
