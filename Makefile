@@ -19,7 +19,7 @@ help: ## Show this list
 demo: $(VENV)/.demo-ready ## Index and search real passages through LlamaIndex and LangChain (under two minutes)
 	@$(PY) examples/demo.py
 
-test: $(VENV)/.test-ready ## Run what proves every promise, linting and real memory limits included (ten minutes on two cores)
+test: $(VENV)/.test-ready ## Run what proves every promise, linting and real memory limits included (a quarter of an hour on two cores)
 	@$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.test-ready ## Run the quick tests, for while you work (under 90 seconds)
