@@ -119,19 +119,24 @@ def test_an_identity_tells_models_apart(tmp_path: Path) -> None:
 # LangChain
 
 
-def test_langchain_computes_once(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CacheBackedEmbeddings over the file: a second run, in a new process's place, computes nothing; another model everything."""
-    classic = pytest.importorskip("langchain_classic.embeddings.cache")
-    from langchain_memsafe import MemsafeByteStore, MemsafeEmbeddings
-
-    computed: list[int] = []
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many texts each call computed, of all embedders."""
+    counts: list[int] = []
     run = Embedder.run
 
     def counted(self: Embedder, texts: Any, **options: Any) -> Any:
-        computed.append(len(texts))
+        counts.append(len(texts))
         return run(self, texts, **options)
 
     monkeypatch.setattr(Embedder, "run", counted)
+    return counts
+
+
+def test_langchain_computes_once(model: str, tmp_path: Path, computed: list[int]) -> None:
+    """CacheBackedEmbeddings over the file: a second run, in a new process's place, computes nothing; another model everything."""
+    classic = pytest.importorskip("langchain_classic.embeddings.cache")
+    from langchain_memsafe import MemsafeByteStore, MemsafeEmbeddings
 
     def rows(**options: Any) -> list[list[float]]:
         embeddings = MemsafeEmbeddings(model_name=model, model_kwargs={"device": "cpu"}, **options)
@@ -184,18 +189,9 @@ def llama_index(model: str, **options: Any) -> Any:
     return MemsafeEmbedding(model, device="cpu", **options)
 
 
-def test_llama_index_computes_once(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_index_computes_once(model: str, tmp_path: Path, computed: list[int]) -> None:
     """embeddings_cache over the file: kept to the bit, found by the next run, not by another model or instruction."""
     from llama_index_memsafe import MemsafeKVStore
-
-    computed: list[int] = []
-    run = Embedder.run
-
-    def counted(self: Embedder, texts: Any, **options: Any) -> Any:
-        computed.append(len(texts))
-        return run(self, texts, **options)
-
-    monkeypatch.setattr(Embedder, "run", counted)
 
     def rows(**options: Any) -> list[list[float]]:
         embed_model = llama_index(model, **options)

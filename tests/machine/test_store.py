@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from memsafe.models.selfcheck import SelfCheck
 from memsafe.planning.batch import BatchShape
 from memsafe.planning.cost import CostKey, CostModel, CostPrior
 from memsafe.planning.speed import Sample
+from tests.odd_files import bound_socket, fifo
 
 KEY = CostKey("some/model", "abc", "float32", "sdpa", "packed", "cpu", "2.13.0")
 CHECK_KEY = "0123456789abcdef" * 4
@@ -193,19 +193,6 @@ def test_a_broken_file_is_ignored_with_one_warning(
     it.save()
     assert it.load() is not None
     assert len(warnings_in(caplog)) == 1
-
-
-def fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def bound_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as server:  # a path of a socket has at most 108 bytes
-        here = os.open(path.parent, os.O_RDONLY)
-        try:
-            server.bind(f"/proc/self/fd/{here}/{path.name}")
-        finally:
-            os.close(here)
 
 
 def folder_with_something(path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import struct
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from memsafe.machine.files import parse_json
 from memsafe.models import folder as model_folder
 from memsafe.models import weights
 from memsafe.models.weights import Checkpoint, inspect
+from tests.odd_files import bound_socket, fifo
 from tests.tiny_models import save_embedder
 
 pytestmark = [
@@ -67,19 +67,6 @@ def refused(folder: Path, *words: str) -> None:
 
 
 # what is no file
-
-
-def fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def bound_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as server:  # a path of a socket has at most 108 bytes
-        here = os.open(path.parent, os.O_RDONLY)
-        try:
-            server.bind(f"/proc/self/fd/{here}/{path.name}")
-        finally:
-            os.close(here)
 
 
 def link_to(target: str) -> Callable[[Path], None]:

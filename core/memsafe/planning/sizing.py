@@ -155,10 +155,7 @@ class Sizing:
         only wait for longer. None if there is none, or nothing more comes."""
         if not pending.inflow:
             return None
-        tokens = sum(count * math.pow(2, size / 2) for size, count in pending.lengths.items())
-        most_s = tokens / (_AHEAD * pending.inflow)
-        sizes = (point.tokens for point in self.curve.points)
-        return next((size for size in sizes if self.curve.run_seconds(size, pending.lengths) <= most_s), None)
+        return self.curve.smallest_at(_AHEAD * pending.inflow, pending.lengths)
 
     def took(self, size: Size) -> None:
         """A micro-batch of a size that was proposed starts."""

@@ -227,6 +227,15 @@ class SpeedCurve:
         sizes, times = self._table(lengths, beyond)
         return int(sizes[np.argmax(times <= times.min() / (1 - within))])
 
+    def smallest_at(self, rate: float, lengths: Mapping[int, int]) -> int | None:
+        """The smallest size measured with which texts of these `lengths` run at `rate` tokens per second or faster; None without."""
+        if not self.points or not lengths:
+            return None
+        sizes = np.array([point.tokens for point in self.points])
+        tokens = sum(count * math.pow(2, size / 2) for size, count in lengths.items())
+        enough = self._run_seconds(sizes, lengths) <= tokens / rate
+        return int(sizes[np.argmax(enough)]) if enough.any() else None
+
     def _table(self, lengths: Mapping[int, int], beyond: float) -> tuple[NDArray[np.int64], FloatArray]:
         """Sizes, four a doubling, and what a run takes with each; kept, since it is asked for several times in a row."""
         key = (self._version, beyond, sum(lengths.values()))
