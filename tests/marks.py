@@ -21,6 +21,7 @@ ALONE = {
     "concurrency/test_load.py",
     "corpus/test_flat.py",
     "contracts/test_front_door.py::test_importing_memsafe_is_cheap",
+    "hostile/test_leaks.py::test_the_limit_is_kept_from_loading_on",  # 180 MiB hardly suffice: what a heap keeps decides
     "langchain/test_async.py",
     "llama_index/test_embedding_contract.py::test_the_event_loop_stays_free",
     "llama_index/test_embedding_contract.py::test_loading_after_unpickling_leaves_the_loop_free",
@@ -219,7 +220,7 @@ LONG = {
     "concurrency/test_stress.py::test_a_storm_leaves_every_row_in_its_place": "cuda",
     "hostile/test_giant.py::test_giant_texts_in_every_way_of_tokenising": "fast|features",
     "hostile/test_jobs.py::test_a_job_that_kills_sentence_transformers_finishes_with_equal_rows": "direct",
-    "hostile/test_leaks.py::test_the_limit_is_kept_from_loading_on": "180",
+    "hostile/test_leaks.py::test_the_limit_is_kept_from_loading_on": "250",
     "corpus/test_cli.py::test_control_c": r"\[2\]",
     "corpus/test_crashes.py::test_killed_at_every_step_to_the_disk": "before",
     "hostile/test_trials.py::test_random_jobs_finish_or_raise_the_right_error": r"\[0-",
