@@ -116,6 +116,7 @@ SLOW = {
     "langchain/test_embeddings_parity.py::test_multi_process",
     "langchain/test_embeddings_parity.py::test_same_numbers",
     "langchain/test_embeddings_parity.py::test_same_quantized",
+    "langchain/test_full_executor.py",
     "langchain/test_rerank.py::test_callbacks",
     "langchain/test_rerank.py::test_construction",
     "langchain/test_rerank.py::test_negative_top_n",
