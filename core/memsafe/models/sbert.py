@@ -19,6 +19,7 @@ __all__ = [
     "forward",
     "forward_chunks",
     "forward_options",
+    "has_own_methods",
     "has_own_preprocessing",
     "hf_model",
     "hf_tokenizer",
@@ -215,6 +216,14 @@ def has_own_preprocessing(model: Any, options: Mapping[str, Any]) -> bool:
         if name in vars(holder) or not str(getattr(home, "__module__", "transformers.")).startswith(_KNOWN):
             return True
     return False
+
+
+def has_own_methods(model: Any) -> bool:
+    """Whether inputs become rows by code that is not sentence-transformers': ``encode`` and its kin, or ``predict``, replaced
+    on the object or in a class of another library's."""
+    names = ("predict", "forward") if is_reranker(model) else ("encode", "encode_query", "encode_document", "forward")
+    homes = [getattr(inspect.getattr_static(type(model), name, None), "__module__", "") for name in names]
+    return any(name in vars(model) for name in names) or not all(str(home).startswith(_KNOWN) for home in homes)
 
 
 def declared_lengths(model: Any, options: Mapping[str, Any]) -> list[int]:

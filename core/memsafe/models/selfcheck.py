@@ -144,7 +144,10 @@ class _Checker:
         company = subject.company([probe.value for probe in self.plain], BARE)
         self.in_company = [probe for probe, may in zip(self.plain, company, strict=True) if may]
         few = values[1:2] + values[-2:-1]  # of two lengths
-        self.others = [probes.reference(model, few, call) for call in probes.calls(model, pairs)]
+        calls = probes.telling(model, few, probes.calls(model, pairs))
+        if probes.is_large(subject.encoder_module, device):  # of which any forward takes long, however short the text
+            few = few[:1]
+        self.others = [probes.reference(model, few, call) for call in calls]
 
     def find(self) -> SelfCheck:
         if not self.plain and any(self.others):  # a Router without a default route
