@@ -77,6 +77,13 @@ _OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"qk_rope_head_dim": 8},
     "deepseek_v3": {"qk_rope_head_dim": 8},
     "modernbert": {"global_attn_every_n_layers": 2},
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    },
     "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_head": 8, "d_inner": 64},
     "xlnet": {"d_inner": 64, "d_head": 8},
     "mobilebert": {"intra_bottleneck_size": 16, "true_hidden_size": 16},

@@ -183,6 +183,7 @@ SLOW = {
     "models/test_fuse.py::test_the_peak_shrinks",
     "models/test_fuse.py::test_the_self_check_decides",
     "models/test_hostile_folders.py",
+    "models/test_giants.py::test_giant_pairs_before_the_models_own_predict",
     "models/test_ladder.py::test_a_rung_takes_no_more_than_was_predicted",
     "models/test_ladder.py::test_float16_rows_that_overflow_are_computed_again",
     "models/test_ladder.py::test_half_is_offered_only_where_it_is_native",

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from memsafe.attention import grouped, kernels
+from memsafe.models.content import BYTES_PER_CHAR
+from memsafe.models.ways import CHARS_PER_TOKEN
 from memsafe.planning.architecture import Architecture
 from memsafe.planning.cost import CostPrior
 
-__all__ = ["prior_of"]
+__all__ = ["prior_of", "tokenwise_prior"]
 
 
 def prior_of(
@@ -65,6 +67,12 @@ def prior_of(
         per_sequence = prior.per_sequence_bytes + 2 * 2 * span * shape.hidden_size * dtype.itemsize
         prior = replace(prior, per_token_bytes=per_token, per_sequence_bytes=per_sequence)
     return prior
+
+
+def tokenwise_prior(shape: Architecture, dtype: torch.dtype) -> CostPrior:
+    """Of a model without attention whose texts are tokenised in its forward: what that takes is most of it."""
+    per_token = CHARS_PER_TOKEN * BYTES_PER_CHAR + 8 * shape.hidden_size * dtype.itemsize
+    return CostPrior(64 * 1024.0, per_token, shape.hidden_size * (dtype.itemsize + 4) + 64.0, 0.0)
 
 
 def _number(config: Any, name: str) -> int:

@@ -111,7 +111,7 @@ class Routes:
         self.uninstall()
         self._state.restore()
         self.check = check
-        self.encoder.use_own(check.own)
+        self.encoder.use_own(check.own, check.cut)
         if check.packed_ok or check.small_mask_ok:
             self._installed = True
             if not interface.install(self.hf):

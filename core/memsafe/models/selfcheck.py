@@ -20,6 +20,7 @@ from memsafe.machine.refusals import is_out_of_memory
 from memsafe.models import probes
 from memsafe.models.heads import HEADS
 from memsafe.models.probes import BARE, Call, Probe
+from memsafe.models.samples import long_samples
 
 __all__ = ["SelfCheck", "Subject", "run_self_check", "tolerance"]
 
@@ -31,7 +32,8 @@ class SelfCheck:
     packed_ok: packed forwards. small_mask_ok: the small mask of padded ones. reason: why not packed. max_difference: of
     rows and of packed hidden states, relative to the norm of the model's own. in_place_ok: `fuse.install`. head: for
     `PackedModel`, one of `heads.HEADS`. alone: one input at a time, since rows depend on what runs together. own: not
-    even tokens are taken from us: the model's own ``encode`` or ``predict`` makes each row.
+    even tokens are taken from us: the model's own ``encode`` or ``predict`` makes each row. cut: nor all of a giant input, since
+    what overflows by itself what the model takes was seen to make no difference.
     """
 
     packed_ok: bool
@@ -43,6 +45,7 @@ class SelfCheck:
     head: str = "groups"
     alone: bool = False
     own: bool = False
+    cut: bool = False
 
 
 class Subject(Protocol):
@@ -127,6 +130,10 @@ Verdict = tuple[bool, float, str]
 """(equal, largest difference, why not)."""
 
 
+_CUT_TOKENS = 1024
+"""Tokens of a text that is cut even for a model that takes next to none; see :class:`memsafe.models.content.Cutter`."""
+
+
 class _Checker:
     """The probes of one model, made once, and what each way makes of them."""
 
@@ -139,6 +146,10 @@ class _Checker:
         pairs = subject.kind == "reranker"
         longest = probes.longest_wanted(subject.encoder_module, subject.max_length, device)
         values = probes.probe_inputs(subject.tokenizer, pairs=pairs, longest=longest)
+        limit, budget = subject.max_length, probes.budget_tokens(subject.encoder_module, device)
+        self.giants: list[Any] = []
+        if limit is not None and 4 * limit <= budget:
+            self.giants = long_samples(max(8 * limit, _CUT_TOKENS), pairs)
         model = probes.reference_model(subject.run)
         self.plain = probes.reference(model, values, BARE)
         company = subject.company([probe.value for probe in self.plain], BARE)
@@ -197,7 +208,11 @@ class _Checker:
             return padded
         alone = SelfCheck(False, False, f"rows depend on what runs together: {verdict[2]}", verdict[1], alone=True)
         verdict = self._judge(alone, self._all_calls)
-        return alone if verdict[0] else replace(alone, reason=verdict[2], max_difference=verdict[1], own=True)
+        if verdict[0]:
+            return alone
+        own = replace(alone, reason=verdict[2], max_difference=verdict[1], own=True)
+        cut = replace(own, cut=True)
+        return cut if self.giants and self._judge(cut, self._giants)[0] else own
 
     # the comparisons: each returns its largest difference
 
@@ -230,6 +245,11 @@ class _Checker:
         pairs = [(ours, probe.hidden) for ours, probe in zip(hidden, self.in_company, strict=True)]
         shown = [(a, b) for a, b in pairs if b is not None and a.shape == b.shape]
         return _worst(_largest(shown, scores=False), self._against(self.in_company, self.subject.rows_by(HEADS[0])))
+
+    def _giants(self) -> float:
+        """Inputs of which parts are left out before the model sees them."""
+        wanted = probes.reference(probes.reference_model(self.subject.run), self.giants, BARE)
+        return self._rows(wanted) if len(wanted) == len(self.giants) else float("nan")
 
     def _all_calls(self) -> float:
         return _worst(*(self._rows(each) for each in (self.plain, *self.others) if each))
