@@ -225,8 +225,7 @@ _TAIL = """
 - *Eager attention* (BLOOM, Gemma 2, GPT-OSS, XLNet, Longformer, ...): biases, caps or sinks inside the scores that transformers'
   own sdpa path cannot express either; each would need a description in `attention/regrouped.py`, if its attention mixes no
   further tokens.
-- *Packed rows differ*: tokens are mixed beside attention (MobileBERT's trigrams, the state-space layers of Falcon-H1, Zaya, Nemotron-H),
-  or token types that the tokenizer gives do not reach single texts (GPT-2, CTRL, GPT-BigCode).
+- *Packed rows differ*: tokens are mixed beside attention (MobileBERT's trigrams, the state-space layers of Falcon-H1, Zaya, Nemotron-H).
 - *Rows depend on what runs together*: BART's and FSMT's classifiers and decoders look for end and padding tokens in the whole batch,
   FNet and ConvBERT mix padding in. No packing helps; the model's own code runs on one text at a time.
 """

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from memsafe.attention import interface, regrouped
 from memsafe.attention.transfer import send
 from memsafe.models import collate, fuse, sbert
+from memsafe.models.heads import HEADS
 from memsafe.models.packed import PackedModel
 from memsafe.models.private import ForwardState, length_switch
 from memsafe.models.probes import Call, reference_model
@@ -119,7 +120,7 @@ class Routes:
             if check.in_place_ok:
                 fuse.install(self.hf)
         if check.packed_ok:
-            self._packed = PackedModel(self.run, head=check.head)
+            self._packed = self._pack_with(check.head)
 
     def uninstall(self) -> None:
         """Leave `run` as a private copy is made."""
@@ -128,6 +129,9 @@ class Routes:
             interface.uninstall(self.hf)
             regrouped.uninstall(self.hf)
         self._installed, self._packed, self._last = False, None, None
+
+    def _pack_with(self, head: str) -> PackedModel:
+        return PackedModel(self.run, head, typed="token_type_ids" in self.encoder.feature_names)
 
     def after_fork(self) -> None:
         """See :meth:`memsafe.models.model.LoadedModel.after_fork`."""
@@ -277,7 +281,7 @@ class Routes:
     def ends_in_padding(self, values: Sequence[Any], call: Call) -> list[bool]:
         """Which of `values` end in a padding token written in them."""
         batch, _ = self.batch_of(values, call)
-        packed = PackedModel(self.run)
+        packed = self._pack_with(HEADS[0])
         return [packed.ends_in_padding(batch.items[place].input_ids) for place in _places(batch)]
 
     def company(self, values: Sequence[Any], call: Call) -> list[bool]:
@@ -304,7 +308,7 @@ class Routes:
         if self._last is None:
             raise NotImplementedError("nothing was packed")
         batch, extras, row, output = self._last
-        return PackedModel(self.run, head).rows(output, row, extras, strict=True)[_places(batch)]
+        return self._pack_with(head).rows(output, row, extras, strict=True)[_places(batch)]
 
 
 def _places(batch: MicroBatch) -> list[int]:
