@@ -190,6 +190,7 @@ SLOW = {
     "models/test_ladder.py::test_rows_of_every_rung",
     "models/test_ladder.py::test_sliced_feed_forward_gives_the_same_hidden_states",
     "models/test_ladder.py::test_slices_are_really_taken",
+    "models/test_loading.py::test_a_model_that_is_handed_in_still_encodes_in_processes",
     "models/test_selfcheck.py::test_a_mistake_of_half_precision_is_still_seen",
     "models/test_selfcheck.py::test_a_wrong_small_mask_is_caught",
     "models/test_selfcheck.py::test_a_wrong_window_is_caught",
