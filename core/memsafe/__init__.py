@@ -35,7 +35,12 @@ from memsafe.events import Event, EventHook, RunReport
 
 if TYPE_CHECKING:
     from memsafe.embedder import Embedder, EmbeddingRun
+    from memsafe.hybrid import HybridEmbedder, HybridRun
+    from memsafe.multi_vector import LateInteractionReranker, MultiVectorEmbedder, MultiVectorRun
+    from memsafe.ragged import RaggedArray
     from memsafe.reranker import RankedDocument, Reranker, RerankRun
+    from memsafe.similarity import maxsim
+    from memsafe.sparse import SparseEmbedder, SparseRun
 
 __version__ = "0.1.0"
 
@@ -49,8 +54,11 @@ __all__ = [
     "Event",
     "EventHook",
     "GiB",
+    "HybridEmbedder",
+    "HybridRun",
     "InputError",
     "InputTooLargeError",
+    "LateInteractionReranker",
     "MemoryPolicy",
     "MemsafeError",
     "MiB",
@@ -58,15 +66,24 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "ModelTooLargeError",
+    "MultiVectorEmbedder",
+    "MultiVectorRun",
+    "RaggedArray",
     "RankedDocument",
     "RerankRun",
     "Reranker",
     "RunReport",
+    "SparseEmbedder",
+    "SparseRun",
     "__version__",
+    "maxsim",
 ]
 
 _LATER = {"Embedder": "embedder", "EmbeddingRun": "embedder"}
 _LATER |= {"RankedDocument": "reranker", "RerankRun": "reranker", "Reranker": "reranker"}
+_LATER |= {"SparseEmbedder": "sparse", "SparseRun": "sparse", "HybridEmbedder": "hybrid", "HybridRun": "hybrid"}
+_LATER |= dict.fromkeys(("LateInteractionReranker", "MultiVectorEmbedder", "MultiVectorRun"), "multi_vector")
+_LATER |= {"RaggedArray": "ragged", "maxsim": "similarity"}
 
 
 def __getattr__(name: str) -> Any:

@@ -168,17 +168,24 @@ class Model:
     ) -> None:
         self.close()
 
-    def _run(self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any]) -> tuple[Any, RunReport]:
+    def _run(
+        self,
+        values: Sequence[Any],
+        options: Options,
+        finish: Callable[[Any], Any],
+        keep: Callable[[Any], Any] | None = None,
+    ) -> tuple[Any, RunReport]:
         """Rows of `values` in their order (None if there are none) and the report.
 
-        finish: what makes results of the model's rows; used for those of an error, which has some of them.
+        finish: what makes results of the model's rows; used for those of an error, which has some of them. keep: what is kept of
+        the rows of each micro-batch, None for all as it is.
         """
         distinct = inputs.Distinct(values)
         way = self._way(options)
         engine = self._engine
         show = bool(options.show_progress)
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
-            job = self._start(distinct, way, options, progress)
+            job = self._start(distinct, way, options, progress, keep)
             try:
                 engine.feed(job, distinct.values, way)
                 rows, report = engine.finish(job, num_texts=len(values))
@@ -191,14 +198,18 @@ class Model:
         return distinct.spread(rows), report
 
     async def _arun(
-        self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any]
+        self,
+        values: Sequence[Any],
+        options: Options,
+        finish: Callable[[Any], Any],
+        keep: Callable[[Any], Any] | None = None,
     ) -> tuple[Any, RunReport]:
         distinct = inputs.Distinct(values)
         engine = self._engine
         show = bool(options.show_progress)
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
             way = await in_thread(self._way, options)
-            job = self._start(distinct, way, options, progress)
+            job = self._start(distinct, way, options, progress, keep)
             try:
                 await in_thread(engine.feed, job, distinct.values, way)
                 await asyncio.wrap_future(job.future)
@@ -212,7 +223,12 @@ class Model:
         return distinct.spread(rows), report
 
     def _start(
-        self, distinct: inputs.Distinct, way: Way, options: Options, progress: Callable[[int], None] | None
+        self,
+        distinct: inputs.Distinct,
+        way: Way,
+        options: Options,
+        progress: Callable[[int], None] | None,
+        keep: Callable[[Any], Any] | None,
     ) -> Any:
         return self._engine.start(
             len(distinct.values),
@@ -221,6 +237,7 @@ class Model:
             max_rows=options.max_rows,
             progress=progress,
             positions=distinct.positions,
+            keep=keep,
         )
 
     def _model_options(self) -> set[str]:

@@ -19,8 +19,11 @@ PUBLIC = {
         "Event",
         "EventHook",
         "GiB",
+        "HybridEmbedder",
+        "HybridRun",
         "InputError",
         "InputTooLargeError",
+        "LateInteractionReranker",
         "MemoryPolicy",
         "MemsafeError",
         "MiB",
@@ -28,16 +31,22 @@ PUBLIC = {
         "ModelError",
         "ModelNotFoundError",
         "ModelTooLargeError",
+        "MultiVectorEmbedder",
+        "MultiVectorRun",
+        "RaggedArray",
         "RankedDocument",
         "RerankRun",
         "Reranker",
         "RunReport",
+        "SparseEmbedder",
+        "SparseRun",
         "__version__",
+        "maxsim",
     ],
     "llama_index_memsafe": ["MemsafeEmbedding", "MemsafeRerank"],
     "langchain_memsafe": ["MemsafeCrossEncoder", "MemsafeEmbeddings", "MemsafeRerank"],
 }
-HEAVY = {"torch", "transformers", "sentence_transformers", "tokenizers", "llama_index", "langchain_core"}
+HEAVY = {"torch", "scipy", "transformers", "sentence_transformers", "tokenizers", "llama_index", "langchain_core"}
 
 
 def python(code: str) -> str:

@@ -138,14 +138,15 @@ class Engine:
         max_rows: int | None,
         progress: Callable[[int], None] | None = None,
         positions: Sequence[int] | None = None,
+        keep: Callable[[Rows], Rows] | None = None,
     ) -> Job:
-        """Open a job for `num_inputs` distinct inputs, to be given with :meth:`feed`, encoded in `way`."""
+        """Open a job for `num_inputs` distinct inputs, to be given with :meth:`feed`, encoded in `way`. keep: see :class:`Job`."""
         self._check_usable()
         if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
             raise ConfigError(f"max_rows: got {max_rows!r}; give an int of at least 1, or None for no cap")
         key = QueueKey((QUERY if urgent else BULK, max_rows, way.key))
         emit = self._emit if self._hooks else None
-        job = Job(num_inputs, key, way.extras, ReportBuilder(), progress, emit, positions)
+        job = Job(num_inputs, key, way.extras, ReportBuilder(), progress, emit, positions, keep)
         most = self.policy.max_pending if self.policy.on_full == "raise" else None
         job.started = time.perf_counter()
         job.process_bytes_before = [model.device.process_bytes() for model in self.models]
