@@ -45,6 +45,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         raw_scores: True returns the model's logits; False applies the model's activation (a sigmoid, usually).
         truncation: ``"longest_first"``, or ``"only_second"``: only the passage is cut, never the query.
         query_max_length: Tokens to which a query is cut before it meets a passage. None: not on its own.
+        instruction: What a decoder (Qwen3-Reranker) is told to look for, in the place of the prompt saved with it.
         callback_manager: as in ``BaseNodePostprocessor`` (upstream's constructor refuses it).
 
     :meth:`from_flag` builds the replacement of FlagEmbeddingReranker.
@@ -63,6 +64,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
     raw_scores: bool = Field(default=False, description="Return logits.")
     truncation: str = Field(default="longest_first", description="Which side of a long pair is cut.")
     query_max_length: int | None = Field(default=None, description="Tokens to which a query is cut.", gt=0)
+    instruction: str | None = Field(default=None, description="The prompt of a decoder; None for the saved one.")
     memory: Any = Field(default=None, description="A memsafe.MemoryPolicy, or a dict of its fields.", exclude=True)
     hooks: Any = Field(default=(), description="Called with the core's events.", exclude=True)
 
@@ -85,6 +87,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         raw_scores: bool = False,
         truncation: Literal["longest_first", "only_second"] = "longest_first",
         query_max_length: int | None = None,
+        instruction: str | None = None,
         callback_manager: CallbackManager | None = None,
         devices: Sequence[str] | None = None,
     ) -> None:
@@ -100,6 +103,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
             raw_scores=raw_scores,
             truncation=truncation,
             query_max_length=query_max_length,
+            instruction=instruction,
             callback_manager=callback_manager or CallbackManager([]),
         )
         self._check_top_n()
@@ -195,7 +199,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         if not nodes:
             return []
         with self._callback(nodes, query) as event:
-            ranked = self._translate(nodes, self.reranker.rerank(query, _contents(nodes), urgent=True))
+            ranked = self._translate(nodes, self.reranker.rerank(query, _contents(nodes), **self._options()))
             event.on_end(payload={EventPayload.NODES: ranked})
         dispatcher.event(ReRankEndEvent(nodes=ranked))
         return ranked
@@ -212,10 +216,14 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
             return []
         with self._callback(nodes, query) as event:
             reranker = await self._core.aget()
-            ranked = self._translate(nodes, await reranker.arerank(query, _contents(nodes), urgent=True))
+            ranked = self._translate(nodes, await reranker.arerank(query, _contents(nodes), **self._options()))
             event.on_end(payload={EventPayload.NODES: ranked})
         dispatcher.event(ReRankEndEvent(nodes=ranked))
         return ranked
+
+    def _options(self) -> dict[str, Any]:
+        """Someone waits for a ranking: it goes before bulk work."""
+        return {"urgent": True} if self.instruction is None else {"urgent": True, "prompt": self.instruction}
 
     def _begin(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> str:
         """Send the start event, then check, in upstream's order."""

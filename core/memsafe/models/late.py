@@ -9,7 +9,7 @@ reduces tile by tile. All other modules are the model's own, and the self-check 
 from __future__ import annotations
 
 from itertools import zip_longest
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +47,34 @@ def variant(model: Any, kind: str) -> Any:
     if kind == "sparse":
         tiled = _sparse(model)
         return model if tiled is None else tiled
+    if kind == "reranker":
+        return _two_words(model)
     if kind == "multi_vector":
         clone = private_copy(model)
         clone.add_module("rows", _Ragged())
         return clone
     return model
+
+
+def _two_words(model: Any) -> Any:
+    """`model`, or if it scores with the logits of one or two words of a decoder's vocabulary (LogitScore), a private copy that
+    computes no others: of each pair there would be as many numbers as words."""
+    if [type(module).__name__ for module in list(model._modules.values())[1:]] != ["LogitScore"]:
+        return model
+    clone = private_copy(model)
+    transformer, score = cast(Any, clone)._modules.values()
+    found = _without_projection(transformer)
+    if found is None:
+        return model
+    holder, name, projection = found
+    words = [word for word in (score.true_token_id, score.false_token_id) if word is not None]
+    holder._modules[name] = few = nn.Linear(projection.in_features, len(words), bias=projection.bias is not None)
+    few.weight = nn.Parameter(projection.weight.detach()[words], requires_grad=False)
+    if projection.bias is not None:
+        few.bias = nn.Parameter(projection.bias.detach()[words], requires_grad=False)
+    few.training = False
+    vars(score).update(true_token_id=0, false_token_id=None if score.false_token_id is None else 1)
+    return clone
 
 
 def rows_of_kind(kind: str, rows: Any, model: Any) -> Any:
@@ -93,6 +116,15 @@ def tiles(model: nn.Module, kind: str) -> Tiles | None:
 
 def _late(transformer: Any, pooling: Any) -> _LateSplade | None:
     """The pooling that takes over the last matrix of `transformer`'s masked language model."""
+    found = _without_projection(transformer)
+    if found is None:
+        return None
+    return _LateSplade(found[2], pooling, (getattr(transformer, "model", None) or transformer.auto_model).config)
+
+
+def _without_projection(transformer: Any) -> tuple[nn.Module, str, nn.Linear] | None:
+    """Take the projection onto the vocabulary out of the language model in `transformer`, which then gives hidden states;
+    returns where it was, and it. None where there is none that is known."""
     model = getattr(transformer, "model", None) or getattr(transformer, "auto_model", None)
     if not isinstance(model, PreTrainedModel):
         return None
@@ -103,7 +135,7 @@ def _late(transformer: Any, pooling: Any) -> _LateSplade | None:
         for name, module in holder._modules.items():
             if module is projection:
                 holder._modules[name] = nn.Identity()
-                return _LateSplade(projection, pooling, model.config)
+                return holder, name, projection
     return None
 
 
