@@ -39,6 +39,7 @@ async def test_langchain(embedder: SparseEmbedder) -> None:
     assert (await sparse.aembed_query(TEXTS[2])).indices == sparse.embed_query(TEXTS[2]).indices
 
 
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect in the local Qdrant:UserWarning")
 def test_llama_index(embedder: SparseEmbedder) -> None:
     """As ``sparse_doc_fn`` and ``sparse_query_fn`` of LlamaIndex's store."""
     pytest.importorskip("llama_index.vector_stores.qdrant")

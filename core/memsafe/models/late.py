@@ -23,19 +23,26 @@ from memsafe.models.segments import Segmented
 __all__ = ["Tiles", "rows_of_kind", "tiles", "variant"]
 
 TILE_BYTES = 16 << 20
-"""Scores of one tile on a CPU: eight thousand words of five hundred tokens, after which larger tiles were not faster."""
+"""Scores of one tile on a CPU, at most: larger tiles were not faster."""
 ACCELERATOR_TILE_BYTES = 256 << 20
 _WORDS = 8192
 """Words of one tile, at most."""
+_LEAST_WORDS = 2048
+_WIDTHS = 6
+"""Words of one tile on a CPU for each of the encoder's hidden sizes. At its own peak the encoder holds 8 to 11 hidden sizes per token,
+behind it two are left: so what a tile takes was there already, and sparse rows need hardly more memory than dense ones.
+Smaller tiles were as fast there; more of them would be more launches elsewhere, which nobody has measured."""
 
 
 class Tiles:
     """How large a tile of scores is. tokens, words: at most; size: bytes of an element; config: of the transformers model."""
 
-    def __init__(self, vocabulary: int, size: int, kind: str, config: Any) -> None:
+    def __init__(self, vocabulary: int, width: int, size: int, kind: str, config: Any) -> None:
+        """width: the encoder's hidden size. kind: of device."""
         self.size = size
         self.config = config
-        self.words = min(_WORDS, vocabulary)
+        most = max(_WIDTHS * width, _LEAST_WORDS) if kind == "cpu" else _WORDS
+        self.words = min(_WORDS, most, vocabulary)
         whole = TILE_BYTES if kind == "cpu" else ACCELERATOR_TILE_BYTES
         self.tokens = max(whole // (self.words * size), 64)
 
@@ -165,7 +172,8 @@ class _LateSplade(nn.Module):
     def tiles(self, kind: str) -> Tiles:
         """On a device of that `kind`."""
         weight = self.projection.weight
-        return Tiles(weight.shape[0], weight.element_size(), kind, self.config)
+        vocabulary, width = weight.shape
+        return Tiles(vocabulary, width, weight.element_size(), kind, self.config)
 
     def _rows(self, states: Tensor, lengths: list[int]) -> Segmented:
         """states: shape (tokens, hidden size), sequences of `lengths` end to end."""

@@ -172,7 +172,8 @@ class PackedModel:
             ids[tokens], [stop - start for start, stop in chunks], None if types is None else types[tokens]
         )
         states = output.last_hidden_state[:, send(tokens, part.device, torch.int64)]
-        return self.rows(type(output)(last_hidden_state=states), part, features)
+        rows: Tensor = self.rows(type(output)(last_hidden_state=states), part, features)
+        return rows
 
     @torch.inference_mode()
     def rows(

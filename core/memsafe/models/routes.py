@@ -196,7 +196,8 @@ class Routes:
             chunks = partial(
                 self.chunks_on, item=batch.items[0], extras=extras, device=self.device_of_rows, around=around
             )
-            return self._solo_copy().rows(chunks)
+            row: Tensor = self._solo_copy().rows(chunks)
+            return row
         ids, _, types = _end_to_end(batch)
         rest = {name: value for name, value in extras.items() if name != "chunks"}
         with nullcontext() if around is None else around(self.run):

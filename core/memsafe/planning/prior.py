@@ -116,7 +116,7 @@ class CostPrior:
 
     def bytes(self, shape: BatchShape) -> float:
         """What `shape` needs: the dearer one of its steps."""
-        return max(self.linear_bytes(shape), self.attention_bytes(shape))
+        return max(self.linear_bytes(shape), self.attention_bytes(shape), self.head_bytes(shape))
 
     def attention_bytes(self, shape: BatchShape) -> float:
         """What the attention step of `shape` needs, masks or scores included."""
