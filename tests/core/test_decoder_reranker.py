@@ -57,7 +57,6 @@ def reference(folder: str, **options: Any) -> np.ndarray:
     return np.asarray(CrossEncoder(folder, device="cpu").predict(PAIRS, batch_size=1, **options))
 
 
-@pytest.mark.filterwarnings("ignore:.*longer than:UserWarning")
 def test_scores_and_instructions(decoder: str) -> None:
     """predict's numbers, with the saved instruction and with another one."""
     with Reranker(decoder, device="cpu") as ours:
@@ -78,7 +77,6 @@ def test_no_logits_of_other_words(decoder: str) -> None:
     assert peak.live_bytes is not None and peak.live_bytes < 400 * 30522 * 4 / 2
 
 
-@pytest.mark.filterwarnings("ignore:.*longer than:UserWarning")
 def test_instruction_in_both_frameworks(decoder: str) -> None:
     """`instruction` of MemsafeRerank is the prompt of the call."""
     pytest.importorskip("langchain_core")

@@ -22,7 +22,6 @@ from memsafe import (
 from tests import sparse_models
 
 sentence_transformers = pytest.importorskip("sentence_transformers", minversion="6")
-pytestmark = pytest.mark.filterwarnings("ignore:.*longer than:UserWarning")
 
 TEXTS = [
     "how do I read a file, line by line?",
