@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+from memsafe.errors import StoreError
 
 __all__ = ["RaggedArray"]
 
@@ -36,6 +40,50 @@ class RaggedArray:
         if not rows:
             return RaggedArray(np.empty((0, dim or 0), np.float32), [0])
         return RaggedArray(np.concatenate(rows), np.cumsum([0, *map(len, rows)]))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``values.npy`` and ``offsets.npy`` into `folder`, which is made if need be; numpy reads both. What is not part of
+        a row is left out. Replaces what an earlier call wrote there; whoever has that open keeps it.
+
+        Raises :class:`StoreError` where it cannot be written.
+        """
+        first, last = int(self.offsets[0]), int(self.offsets[-1])
+        place = Path(folder)
+        arrays = {"values.npy": self.values[first:last], "offsets.npy": self.offsets - first}
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            for name, array in arrays.items():
+                with open(place / f"{name}.part", "wb") as file:
+                    np.save(file, array, allow_pickle=False)
+                    file.flush()
+                    os.fsync(file.fileno())
+            (place / "offsets.npy").unlink(missing_ok=True)  # until both are there, none is: old and new do not mix
+            for name in arrays:
+                os.replace(place / f"{name}.part", place / name)
+        except OSError as error:
+            raise StoreError(f"{place} cannot be written: {error.strerror or error}", path=str(place)) from error
+
+    @staticmethod
+    def open(folder: str | os.PathLike[str]) -> RaggedArray:
+        """What :meth:`save` wrote to `folder`, memory-mapped: vectors are read when they are asked for.
+
+        Raises :class:`StoreError` for a folder that lacks one of the files, or holds others.
+        """
+        values, offsets = Path(folder) / "values.npy", Path(folder) / "offsets.npy"
+        for file in (offsets, values):
+            if not file.is_file():
+                raise StoreError(
+                    f"{file} is missing; give a folder that RaggedArray.save has written to its end", path=str(folder)
+                )
+        try:
+            rows = RaggedArray(np.load(values, mmap_mode="r"), np.load(offsets))
+            if len(rows.values) != rows.offsets[-1]:
+                raise ValueError(f"{len(rows.values)} vectors where {rows.offsets[-1]} are due")
+        except (OSError, ValueError, EOFError) as error:
+            raise StoreError(
+                f"{folder} holds no rows that can be read ({error}); save them again", path=str(folder)
+            ) from error
+        return rows
 
     @property
     def counts(self) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from memsafe import (
     ModelError,
     MultiVectorEmbedder,
     RaggedArray,
+    StoreError,
     maxsim,
 )
 from tests import sparse_models
@@ -157,3 +158,35 @@ def test_what_has_no_such_heads(m3: str, minilm: str, tmp_path: Path) -> None:
             HybridEmbedder(m3, outputs=outputs)
     with pytest.raises(ModelError, match="give a folder"):
         HybridEmbedder(sentence_transformers.SentenceTransformer(minilm, device="cpu"))
+
+
+def test_saved_and_mapped(tmp_path: Path) -> None:
+    """Rows that are saved are mapped, not read, and equal; of a slice only its own vectors are written. numpy reads the files."""
+    random = np.random.default_rng(2)
+    rows = RaggedArray.of([random.normal(size=(count, 8)).astype(np.float16) for count in (3, 0, 40, 1, 0, 7, 2)])
+    for saved in (rows, rows[2:6], rows[[6, 0]], rows[:0]):  # each over the one before, which is still open
+        saved.save(tmp_path / "rows")
+        found = RaggedArray.open(tmp_path / "rows")
+        assert isinstance(found.values, np.memmap) and found.dtype == np.float16 and found.dim == 8
+        assert [row.tolist() for row in found] == [row.tolist() for row in saved]
+        assert len(np.load(tmp_path / "rows" / "values.npy")) == saved.counts.sum()
+        query = random.normal(size=(5, 8)).astype(np.float32)
+        assert np.array_equal(maxsim(query, found, tile_bytes=400), maxsim(query, saved))
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no offsets", "cut off", "no array", "another's offsets"])
+def test_what_cannot_be_opened(tmp_path: Path, damage: str) -> None:
+    """A folder that is no such one, or damaged, is refused with its path."""
+    folder = tmp_path / "rows"
+    if damage != "no folder":
+        RaggedArray.of([np.ones((3, 4), np.float32)] * 5).save(folder)
+    if damage == "no offsets":
+        (folder / "offsets.npy").unlink()
+    elif damage == "cut off":
+        (folder / "values.npy").write_bytes((folder / "values.npy").read_bytes()[:200])
+    elif damage == "no array":
+        (folder / "offsets.npy").write_bytes(b"offsets")
+    elif damage == "another's offsets":
+        np.save(folder / "offsets.npy", np.arange(4))
+    with pytest.raises(StoreError, match="rows"):
+        RaggedArray.open(folder)
