@@ -171,7 +171,7 @@ def test_saved_and_mapped(tmp_path: Path) -> None:
         assert [row.tolist() for row in found] == [row.tolist() for row in saved]
         assert len(np.load(tmp_path / "rows" / "values.npy")) == saved.counts.sum()
         query = random.normal(size=(5, 8)).astype(np.float32)
-        assert np.array_equal(maxsim(query, found, tile_bytes=400), maxsim(query, saved))
+        assert np.array_equal(maxsim(query, found), maxsim(query, saved))
 
 
 @pytest.mark.parametrize("damage", ["no folder", "no offsets", "cut off", "no array", "another's offsets"])

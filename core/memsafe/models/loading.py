@@ -72,9 +72,7 @@ def load(
     st = None
     try:
         with _loading:
-            st = build(spec.model, device=device.name, **options).eval()
-            if heads is not None:
-                st = m3.assemble(st, heads, spec.outputs or (spec.kind,), device.name)
+            st = _built(build, spec, device, options, heads)
     except MemsafeError:
         raise
     except BaseException as error:  # whatever a damaged file makes of itself: pickle, zip, JSON, shapes, types
@@ -101,6 +99,11 @@ def load(
             f"model: {spec.model!r} was loaded but cannot be used: {type(error).__name__}: {error}; something in its "
             "configuration has a value that it cannot have"
         ) from error
+
+
+def _built(build: Any, spec: ModelSpec, device: Device, options: dict[str, Any], heads: dict[str, str] | None) -> Any:
+    st = build(spec.model, device=device.name, **options).eval()
+    return st if heads is None else m3.assemble(st, heads, spec.outputs or (spec.kind,), device.name)
 
 
 def size_of(model: torch.nn.Module) -> int:
