@@ -204,19 +204,24 @@ class Model:
         self.close()
 
     def _run(
-        self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any], prepare: Prepare | None = None
+        self,
+        values: Sequence[Any],
+        options: Options,
+        finish: Callable[[Any], Any],
+        prepare: Prepare | None = None,
+        keep: Callable[[Any], Any] | None = None,
     ) -> tuple[Any, RunReport]:
         """Rows of `values` in their order (None if there are none) and the report.
 
         finish: what makes results of the model's rows; used for those of an error, which has some of them. prepare: see
-        :data:`Prepare`.
+        :data:`Prepare`. keep: what is kept of the rows of each micro-batch, None for all as it is.
         """
         distinct = inputs.Distinct(values)
         work = _work(distinct, self._way(options), prepare)
         engine = self._engine
         show = bool(options.show_progress)
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
-            job = self._open(work, options, _in_texts(progress, work, len(distinct.values)))
+            job = self._open(work, options, _in_texts(progress, work, len(distinct.values)), keep)
             try:
                 engine.announce(job)
                 engine.feed(job, work.values, work.way, warn=options.warn)
@@ -230,7 +235,12 @@ class Model:
         return distinct.spread(work.rows(rows)), work.report(report)
 
     async def _arun(
-        self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any], prepare: Prepare | None = None
+        self,
+        values: Sequence[Any],
+        options: Options,
+        finish: Callable[[Any], Any],
+        prepare: Prepare | None = None,
+        keep: Callable[[Any], Any] | None = None,
     ) -> tuple[Any, RunReport]:
         distinct = inputs.Distinct(values)
         engine = self._engine
@@ -238,7 +248,7 @@ class Model:
         way = await in_thread(self._way, options)
         work = await in_thread(_work, distinct, way, prepare)
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
-            job = self._open(work, options, _in_texts(progress, work, len(distinct.values)))
+            job = self._open(work, options, _in_texts(progress, work, len(distinct.values)), keep)
             try:
                 engine.announce(job)
                 await in_thread(engine.feed, job, work.values, work.way, warn=options.warn)
@@ -252,7 +262,13 @@ class Model:
                 raise
         return distinct.spread(work.rows(rows)), work.report(report)
 
-    def _open(self, work: Work, options: Options, progress: Callable[[int], None] | None) -> Any:
+    def _open(
+        self,
+        work: Work,
+        options: Options,
+        progress: Callable[[int], None] | None,
+        keep: Callable[[Any], Any] | None,
+    ) -> Any:
         return self._engine.open(
             len(work.values),
             way=work.way,
@@ -261,6 +277,7 @@ class Model:
             fixed_tokens=options.fixed_tokens,
             progress=progress,
             positions=work.positions,
+            keep=keep,
         )
 
     def _model_options(self) -> set[str]:

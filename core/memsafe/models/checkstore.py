@@ -23,7 +23,7 @@ from memsafe.models.selfcheck import SelfCheck, tolerance
 
 __all__ = ["CheckStore", "check_key", "versions"]
 
-_SCHEMA = 5
+_SCHEMA = 6
 
 
 def check_key(*, model: Any, spec: Mapping[str, Any], revision: str, card: str, tokenizer: Any, tokens: str) -> str:

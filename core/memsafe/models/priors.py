@@ -9,11 +9,12 @@ import torch
 
 from memsafe.attention import grouped, kernels
 from memsafe.models.content import BYTES_PER_CHAR
+from memsafe.models.late import Tiles
 from memsafe.models.ways import CHARS_PER_TOKEN
 from memsafe.planning.architecture import Architecture
 from memsafe.planning.cost import CostPrior
 
-__all__ = ["prior_of", "tokenwise_prior"]
+__all__ = ["prior_of", "tiled", "tokenwise_prior"]
 
 
 def prior_of(
@@ -73,6 +74,22 @@ def tokenwise_prior(shape: Architecture, dtype: torch.dtype) -> CostPrior:
     """Of a model without attention whose texts are tokenised in its forward: what that takes is most of it."""
     per_token = CHARS_PER_TOKEN * BYTES_PER_CHAR + 8 * shape.hidden_size * dtype.itemsize
     return CostPrior(64 * 1024.0, per_token, shape.hidden_size * (dtype.itemsize + 4) + 64.0, 0.0)
+
+
+def tiled(prior: CostPrior, shape: Architecture, tiles: Tiles, row_values: int) -> CostPrior:
+    """`prior` of a model whose sparse rows, of `row_values` numbers, are made in `tiles`.
+
+    Per token the encoder's last states and what the head makes of them; of each sequence in a tile its maxima, a flag for
+    each, and once more the maxima while they are made; of each row numbers and columns, and both once more while rows are joined.
+    """
+    return replace(
+        prior,
+        head_token_bytes=2.0 * shape.hidden_size * tiles.size + 64,
+        head_tile_bytes=float(tiles.words * tiles.size),
+        head_sequence_bytes=float(tiles.words * (2 * tiles.size + 1)),
+        head_row_bytes=2.0 * row_values * (4 + tiles.size),
+        head_tile_tokens=tiles.tokens,
+    )
 
 
 def _number(config: Any, name: str) -> int:

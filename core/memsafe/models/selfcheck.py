@@ -21,6 +21,7 @@ from memsafe.models import probes
 from memsafe.models.heads import HEADS
 from memsafe.models.probes import BARE, Call, Probe
 from memsafe.models.samples import long_samples
+from memsafe.models.segments import each
 
 __all__ = ["SelfCheck", "Subject", "run_self_check", "tolerance"]
 
@@ -34,6 +35,7 @@ class SelfCheck:
     `PackedModel`, one of `heads.HEADS`. alone: one input at a time, since rows depend on what runs together. own: not
     even tokens are taken from us: the model's own ``encode`` or ``predict`` makes each row. cut: nor all of a giant input, since
     what overflows by itself what the model takes was seen to make no difference.
+    row_values: numbers other than zero in a sparse row, on average.
     """
 
     packed_ok: bool
@@ -46,6 +48,7 @@ class SelfCheck:
     alone: bool = False
     own: bool = False
     cut: bool = False
+    row_values: int = 0
 
 
 class Subject(Protocol):
@@ -53,7 +56,9 @@ class Subject(Protocol):
 
     kind: str
     run: Any
-    """The SentenceTransformer or CrossEncoder, private, to which ways are applied."""
+    """The model, private, to which ways are applied."""
+    own: Any
+    """The model as it was loaded, private: what gives the rows that all ways are held against."""
     tokenizer: Any
     dtype: torch.dtype
     device_of_rows: torch.device
@@ -63,6 +68,8 @@ class Subject(Protocol):
     can_mask: bool
     """Whether the small mask can be tried."""
     can_fuse: bool
+    can_flat: bool
+    """Whether the head "flat" can be tried."""
 
     @property
     def encoder_module(self) -> Any:
@@ -71,7 +78,7 @@ class Subject(Protocol):
     def use(self, check: SelfCheck) -> None:
         """Take the way `check` from now on. Raises NotImplementedError where it does not exist."""
 
-    def rows_of(self, values: Sequence[Any], call: Call) -> Tensor:
+    def rows_of(self, values: Sequence[Any], call: Call) -> Any:
         """Rows of `values`, in their order, as one micro-batch of a call would make them."""
 
     def company(self, values: Sequence[Any], call: Call) -> list[bool]:
@@ -83,7 +90,7 @@ class Subject(Protocol):
     def pack(self, values: Sequence[Any], call: Call) -> list[Tensor]:
         """Pack `values` through the encoder: its last hidden states of each, shape (tokens, hidden size)."""
 
-    def rows_by(self, head: str) -> Tensor:
+    def rows_by(self, head: str) -> Any:
         """Rows of the values packed last, in their order, through `head`."""
 
 
@@ -120,8 +127,9 @@ def run_self_check(subject: Subject) -> SelfCheck:
     Takes milliseconds for small models. Out-of-memory errors pass through; every other failure is a reason.
     """
     began = time.perf_counter()
-    found = _Checker(subject).find()
-    found = replace(found, seconds=time.perf_counter() - began)
+    checker = _Checker(subject)
+    found = checker.find()
+    found = replace(found, seconds=time.perf_counter() - began, row_values=checker.row_values())
     subject.use(found)
     return found
 
@@ -150,7 +158,7 @@ class _Checker:
         self.giants: list[Any] = []
         if limit is not None and 4 * limit <= budget:
             self.giants = long_samples(max(8 * limit, _CUT_TOKENS), pairs)
-        model = probes.reference_model(subject.run)
+        model = probes.reference_model(subject.own)
         self.plain = probes.reference(model, values, BARE)
         company = subject.company([probe.value for probe in self.plain], BARE)
         self.in_company = [probe for probe, may in zip(self.plain, company, strict=True) if may]
@@ -159,6 +167,15 @@ class _Checker:
         if probes.is_large(subject.encoder_module, device):  # of which any forward takes long, however short the text
             few = few[:1]
         self.others = [probes.reference(model, few, call) for call in calls]
+
+    def row_values(self) -> int:
+        """See :class:`SelfCheck`."""
+        if self.subject.kind != "sparse":
+            return 0
+        counts = [
+            int(probe.row.count_nonzero()) for probe in (*self.plain, *(one for some in self.others for one in some))
+        ]
+        return -(-sum(counts) // max(len(counts), 1))
 
     def find(self) -> SelfCheck:
         if not self.plain and any(self.others):  # a Router without a default route
@@ -198,7 +215,8 @@ class _Checker:
         def compare(head: str) -> Callable[[], float]:
             return lambda: self._against(some, self.subject.rows_by(head))
 
-        return next((head for head in HEADS[1:] if self._try(compare(head), self.allowed)[0]), HEADS[0])
+        heads = [head for head in HEADS[1:] if head != "flat" or self.subject.can_flat]
+        return next((head for head in heads if self._try(compare(head), self.allowed)[0]), HEADS[0])
 
     def _careful(self, quick: SelfCheck) -> SelfCheck:
         """Padded by the model's own code; one at a time; the model's own methods: the first that is right."""
@@ -248,7 +266,7 @@ class _Checker:
 
     def _giants(self) -> float:
         """Inputs of which parts are left out before the model sees them."""
-        wanted = probes.reference(probes.reference_model(self.subject.run), self.giants, BARE)
+        wanted = probes.reference(probes.reference_model(self.subject.own), self.giants, BARE)
         return self._rows(wanted) if len(wanted) == len(self.giants) else float("nan")
 
     def _all_calls(self) -> float:
@@ -257,10 +275,11 @@ class _Checker:
     def _rows(self, wanted: Sequence[Probe]) -> float:
         return self._against(wanted, self.subject.rows_of([probe.value for probe in wanted], wanted[0].call))
 
-    def _against(self, wanted: Sequence[Probe], rows: Tensor) -> float:
-        if rows.shape != (len(wanted), *wanted[0].row.shape):
+    def _against(self, wanted: Sequence[Probe], rows: Any) -> float:
+        found = each(rows)
+        if [row.shape for row in found] != [probe.row.shape for probe in wanted]:
             raise NotImplementedError("there is not one row per input")
-        return _largest([(row, probe.row) for row, probe in zip(rows, wanted, strict=True)], scores=True)
+        return _largest([(row, probe.row) for row, probe in zip(found, wanted, strict=True)], scores=True)
 
 
 def _worst(*differences: float) -> float:
