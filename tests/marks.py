@@ -104,6 +104,7 @@ SLOW = {
     "corpus/test_handle.py",
     "corpus/test_sources.py::test_a_file_that_cannot_be_read",
     "corpus/test_stores.py::test_another_model_is_refused",
+    "engine/test_unloading.py",
     "engine/test_runner.py::test_nothing_predicted_above_the_budget_is_ever_started",
     "langchain/test_async.py::test_cancelling",
     "langchain/test_async.py::test_loop_stays_free",

@@ -151,7 +151,7 @@ class Model:
     @property
     def device(self) -> str:
         """Where the model is, in torch's words; several names are joined by a comma."""
-        return ", ".join(model.device.name for model in self._engine.models)
+        return ", ".join(self._engine.device_names)
 
     @property
     def max_length(self) -> int | None:
@@ -211,12 +211,20 @@ class Model:
         finish: what makes results of the model's rows; used for those of an error, which has some of them. prepare: see
         :data:`Prepare`.
         """
+        with self._engine.in_use():
+            return self._run_here(values, options, finish, prepare)
+
+    def _run_here(
+        self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any], prepare: Prepare | None
+    ) -> tuple[Any, RunReport]:
         distinct = inputs.Distinct(values)
-        work = _work(distinct, self._way(options), prepare)
         engine = self._engine
+        reload_s = engine.ready()
+        work = _work(distinct, self._way(options), prepare)
         show = bool(options.show_progress)
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
             job = self._open(work, options, _in_texts(progress, work, len(distinct.values)))
+            job.report.set(reload_s=reload_s)
             try:
                 engine.announce(job)
                 engine.feed(job, work.values, work.way, warn=options.warn)
@@ -232,13 +240,20 @@ class Model:
     async def _arun(
         self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any], prepare: Prepare | None = None
     ) -> tuple[Any, RunReport]:
+        with self._engine.in_use():
+            return await self._arun_here(values, options, finish, prepare)
+
+    async def _arun_here(
+        self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any], prepare: Prepare | None
+    ) -> tuple[Any, RunReport]:
         distinct = inputs.Distinct(values)
         engine = self._engine
         show = bool(options.show_progress)
-        way = await in_thread(self._way, options)
+        reload_s, way = await in_thread(lambda: (engine.ready(), self._way(options)))
         work = await in_thread(_work, distinct, way, prepare)
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
             job = self._open(work, options, _in_texts(progress, work, len(distinct.values)))
+            job.report.set(reload_s=reload_s)
             try:
                 engine.announce(job)
                 await in_thread(engine.feed, job, work.values, work.way, warn=options.warn)
