@@ -43,7 +43,14 @@ class Options:
     warn: bool = True
     show_progress: bool | None = None
     progress: Callable[[int], None] | None = None
+    on_report: Callable[[RunReport], object] | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
+
+    def told(self, report: RunReport) -> RunReport:
+        """`report`, of which :attr:`on_report` has been told."""
+        if self.on_report is not None:
+            self.on_report(report)
+        return report
 
     @classmethod
     def of(cls, options: dict[str, Any], taken_by_model: Callable[[], set[str]] = set) -> Options:
@@ -62,6 +69,8 @@ class Options:
             raise ConfigError(f"kind: got {options['kind']!r}; choose 'query', 'document' or None")
         if options.get("urgent") not in (None, True, False):
             raise ConfigError(f"urgent: got {options['urgent']!r}; give True, False or None")
+        if options.get("on_report") is not None and not callable(options["on_report"]):
+            raise ConfigError(f"on_report: got a {type(options['on_report']).__name__}; give a callable, or None")
         if not isinstance(options.get("warn", True), bool):
             raise ConfigError(f"warn: got {options['warn']!r}; give True or False")
         for name in ("prompt", "prompt_name"):
@@ -235,7 +244,7 @@ class Model:
             except BaseException:
                 job.cancel()
                 raise
-        return distinct.spread(work.rows(rows)), work.report(report)
+        return distinct.spread(work.rows(rows)), options.told(work.report(report))
 
     async def _arun(
         self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any], prepare: Prepare | None = None
@@ -265,7 +274,7 @@ class Model:
             except BaseException:
                 job.cancel()
                 raise
-        return distinct.spread(work.rows(rows)), work.report(report)
+        return distinct.spread(work.rows(rows)), options.told(work.report(report))
 
     def _open(self, work: Work, options: Options, progress: Callable[[int], None] | None) -> Any:
         return self._engine.open(
