@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from memsafe.corpus import CorpusProgress, CorpusReport, Neighbours, Store, embed_corpus, open_store
     from memsafe.embedder import Embedder, EmbeddingRun
     from memsafe.handle import EmbedBatches, embed_ray_dataset
+    from memsafe.recording import Recording
     from memsafe.reranker import RankedDocument, Reranker, RerankRun
     from memsafe.stores.cache import CacheFile
 
@@ -72,6 +73,7 @@ __all__ = [
     "ModelTooLargeError",
     "Neighbours",
     "RankedDocument",
+    "Recording",
     "RerankRun",
     "Reranker",
     "RunReport",
@@ -90,6 +92,7 @@ _LATER |= dict.fromkeys(
     ("CorpusProgress", "CorpusReport", "Neighbours", "Store", "embed_corpus", "open_store"), "corpus"
 )
 _LATER |= {"CacheFile": "stores.cache", "EmbedBatches": "handle", "embed_ray_dataset": "handle"}
+_LATER |= {"Recording": "recording"}
 _LATER |= {"RankedDocument": "reranker", "RerankRun": "reranker", "Reranker": "reranker"}
 
 

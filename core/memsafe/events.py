@@ -192,7 +192,9 @@ class RunReport:
         """All figures, the derived ones included, ready for JSON."""
         return {**asdict(self), "padding_ratio": self.padding_ratio, "tokens_per_s": self.tokens_per_s}
 
-    def _rows(self) -> list[tuple[str, str]]:
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, value) in words, as they are printed."""
+
         def size(value: int | None) -> str:
             return "not measured" if value is None else format_bytes(value)
 
@@ -231,12 +233,21 @@ class RunReport:
         return rows
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:<22} {value}" for name, value in self._rows())
+        return "\n".join(f"{name:<22} {value}" for name, value in self.rows())
+
+    def plot(self) -> Any:
+        """Memory against budget, and where the time went, as a matplotlib Figure; over time: :meth:`memsafe.Recording.plot`.
+
+        Raises :class:`MissingExtraError` without the extra ``plot``.
+        """
+        from memsafe.pictures.figure import summary_figure
+
+        return summary_figure(self.to_dict())
 
     def _repr_html_(self) -> str:
         from html import escape
 
-        cells = "".join(f"<tr><th>{escape(n)}</th><td>{escape(v)}</td></tr>" for n, v in self._rows())
+        cells = "".join(f"<tr><th>{escape(n)}</th><td>{escape(v)}</td></tr>" for n, v in self.rows())
         return f"<table>{cells}</table>"
 
 

@@ -35,6 +35,7 @@ PUBLIC = {
         "ModelTooLargeError",
         "Neighbours",
         "RankedDocument",
+        "Recording",
         "RerankRun",
         "Reranker",
         "RunReport",
