@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +27,8 @@ ROLE = re.compile(r":(?:class|data|func|meth|mod):(?=`)")
 
 
 def main() -> None:
+    if find_spec("zensical") is None or find_spec("mkdocstrings_handlers") is None:
+        sys.exit("Zensical is not installed, which needs Python 3.11 or newer; run: make docs, or pip install --group docs")
     site = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build" / "site").resolve()
     with tempfile.TemporaryDirectory(prefix="memsafe-docs-") as folder:
         work = Path(folder)

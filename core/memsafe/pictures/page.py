@@ -41,7 +41,7 @@ body.memsafe{margin:0;background:var(--ground)}
 .memsafe .area{position:relative;height:13rem;margin-bottom:.5rem;border-left:1px solid var(--rule);border-bottom:1px solid var(--rule)}
 .memsafe .wide .area{height:16rem}
 .memsafe svg{display:block;width:100%;height:100%;overflow:hidden}
-.memsafe .ys{position:relative}
+.memsafe .ys{position:relative;margin-bottom:.5rem}
 .memsafe .ys span,.memsafe .xs span{position:absolute;font-size:.75rem;color:var(--soft);white-space:nowrap;font-variant-numeric:tabular-nums}
 .memsafe .ys span{right:0;transform:translateY(50%)}
 .memsafe .xs{grid-column:2;position:relative;height:1.4rem;overflow:hidden}
