@@ -19,6 +19,8 @@ from memsafe import ConfigError, InputError
 if TYPE_CHECKING:
     from langchain_core.callbacks import Callbacks
 
+    from memsafe import Reranker
+
 __all__ = ["MemsafeRerank"]
 
 
@@ -36,6 +38,9 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
 
     top_n: int | None = 3
     """How many documents to keep; None keeps all, 0 none."""
+
+    instruction: str | None = None
+    """What a decoder (Qwen3-Reranker) is told to look for: the ``prompt`` of `predict_kwargs`, in a field of its own."""
 
     parity: bool = False
     """Do exactly as ``CrossEncoderReranker``: the caller's own documents, no score; a negative `top_n` drops the last."""
@@ -120,6 +125,10 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
         scores = await reranker.ascore(query, texts, **self._options(reranker), on_report=reports)
         await reports.atell()
         return _ranking(scores, kept)
+
+    def _options(self, reranker: Reranker) -> dict[str, Any]:
+        options = super()._options(reranker)
+        return options if self.instruction is None else {**options, "prompt": self.instruction}
 
     def _num_kept(self, top_n: int | None) -> int | None:
         """`top_n` as the end of a slice."""

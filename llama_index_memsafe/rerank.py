@@ -51,6 +51,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         query_max_length: Tokens to which a query is cut before it meets a passage. None: not on its own.
         long_documents: ``"truncate"``, or passages that do not fit beside the query are read in windows and have their best
             (``"max_passage"``) or mean (``"mean_passage"``) score; see ``memsafe.Reranker``.
+        instruction: What a decoder (Qwen3-Reranker) is told to look for, in the place of the prompt saved with it.
         callback_manager: as in ``BaseNodePostprocessor`` (upstream's constructor refuses it).
 
     :meth:`from_flag` builds the replacement of FlagEmbeddingReranker.
@@ -70,6 +71,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
     truncation: str = Field(default="longest_first", description="Which side of a long pair is cut.")
     query_max_length: int | None = Field(default=None, description="Tokens to which a query is cut.", gt=0)
     long_documents: str = Field(default="truncate", description="What becomes of passages that are too long.")
+    instruction: str | None = Field(default=None, description="The prompt of a decoder; None for the saved one.")
     memory: Any = Field(default=None, description="A memsafe.MemoryPolicy, or a dict of its fields.", exclude=True)
     hooks: Any = Field(default=(), description="Called with the core's events.", exclude=True)
 
@@ -93,6 +95,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         truncation: Literal["longest_first", "only_second"] = "longest_first",
         query_max_length: int | None = None,
         long_documents: Literal["truncate", "max_passage", "mean_passage"] = "truncate",
+        instruction: str | None = None,
         callback_manager: CallbackManager | None = None,
         devices: Sequence[str] | None = None,
     ) -> None:
@@ -109,6 +112,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
             truncation=truncation,
             query_max_length=query_max_length,
             long_documents=long_documents,
+            instruction=instruction,
             callback_manager=callback_manager or CallbackManager([]),
         )
         self._check_top_n()
@@ -205,7 +209,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         if not nodes:
             return []
         with self._callback(nodes, query) as event, collected() as reports:
-            ranked = self._translate(nodes, self.reranker.rerank(query, _contents(nodes), urgent=True, on_report=tell))
+            ranked = self._translate(nodes, self.reranker.rerank(query, _contents(nodes), **self._options()))
             event.on_end(payload={EventPayload.NODES: ranked})
         dispatcher.event(ReRankEndEvent(nodes=ranked, tags=tags(reports)))
         return ranked
@@ -222,11 +226,15 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
             return []
         with self._callback(nodes, query) as event, collected() as reports:
             reranker = await self._core.aget()
-            ranking = await reranker.arerank(query, _contents(nodes), urgent=True, on_report=tell)
-            ranked = self._translate(nodes, ranking)
+            ranked = self._translate(nodes, await reranker.arerank(query, _contents(nodes), **self._options()))
             event.on_end(payload={EventPayload.NODES: ranked})
         dispatcher.event(ReRankEndEvent(nodes=ranked, tags=tags(reports)))
         return ranked
+
+    def _options(self) -> dict[str, Any]:
+        """Someone waits for a ranking: it goes before bulk work."""
+        options: dict[str, Any] = {"urgent": True, "on_report": tell}
+        return options if self.instruction is None else {**options, "prompt": self.instruction}
 
     def _begin(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> str:
         """Send the start event, then check, in upstream's order."""

@@ -28,7 +28,9 @@ ROLE = re.compile(r":(?:class|data|func|meth|mod):(?=`)")
 
 def main() -> None:
     if find_spec("zensical") is None or find_spec("mkdocstrings_handlers") is None:
-        sys.exit("Zensical is not installed, which needs Python 3.11 or newer; run: make docs, or pip install --group docs")
+        sys.exit(
+            "Zensical is not installed, which needs Python 3.11 or newer; run: make docs, or pip install --group docs"
+        )
     site = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build" / "site").resolve()
     with tempfile.TemporaryDirectory(prefix="memsafe-docs-") as folder:
         work = Path(folder)

@@ -41,8 +41,13 @@ if TYPE_CHECKING:
     from memsafe.corpus import CorpusProgress, CorpusReport, Neighbours, Store, embed_corpus, open_store
     from memsafe.embedder import Embedder, EmbeddingRun
     from memsafe.handle import EmbedBatches, embed_ray_dataset
+    from memsafe.hybrid import HybridEmbedder, HybridRun
+    from memsafe.multi_vector import LateInteractionReranker, MultiVectorEmbedder, MultiVectorRun
+    from memsafe.ragged import RaggedArray
     from memsafe.recording import Recording
     from memsafe.reranker import RankedDocument, Reranker, RerankRun
+    from memsafe.similarity import maxsim
+    from memsafe.sparse import SparseEmbedder, SparseRun
     from memsafe.stores.cache import CacheFile
 
 __version__ = "0.1.0"
@@ -62,8 +67,11 @@ __all__ = [
     "Event",
     "EventHook",
     "GiB",
+    "HybridEmbedder",
+    "HybridRun",
     "InputError",
     "InputTooLargeError",
+    "LateInteractionReranker",
     "MemoryPolicy",
     "MemsafeError",
     "MiB",
@@ -71,18 +79,24 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "ModelTooLargeError",
+    "MultiVectorEmbedder",
+    "MultiVectorRun",
     "Neighbours",
+    "RaggedArray",
     "RankedDocument",
     "Recording",
     "RerankRun",
     "Reranker",
     "RunReport",
+    "SparseEmbedder",
+    "SparseRun",
     "Store",
     "StoreError",
     "__version__",
     "advise",
     "embed_corpus",
     "embed_ray_dataset",
+    "maxsim",
     "open_store",
 ]
 
@@ -94,6 +108,9 @@ _LATER |= dict.fromkeys(
 _LATER |= {"CacheFile": "stores.cache", "EmbedBatches": "handle", "embed_ray_dataset": "handle"}
 _LATER |= {"Recording": "recording"}
 _LATER |= {"RankedDocument": "reranker", "RerankRun": "reranker", "Reranker": "reranker"}
+_LATER |= {"SparseEmbedder": "sparse", "SparseRun": "sparse", "HybridEmbedder": "hybrid", "HybridRun": "hybrid"}
+_LATER |= dict.fromkeys(("LateInteractionReranker", "MultiVectorEmbedder", "MultiVectorRun"), "multi_vector")
+_LATER |= {"RaggedArray": "ragged", "maxsim": "similarity"}
 
 
 def __getattr__(name: str) -> Any:

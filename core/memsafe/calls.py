@@ -213,18 +213,28 @@ class Model:
         self.close()
 
     def _run(
-        self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any], prepare: Prepare | None = None
+        self,
+        values: Sequence[Any],
+        options: Options,
+        finish: Callable[[Any], Any],
+        prepare: Prepare | None = None,
+        keep: Callable[[Any], Any] | None = None,
     ) -> tuple[Any, RunReport]:
         """Rows of `values` in their order (None if there are none) and the report.
 
         finish: what makes results of the model's rows; used for those of an error, which has some of them. prepare: see
-        :data:`Prepare`.
+        :data:`Prepare`. keep: what is kept of the rows of each micro-batch, None for all as it is.
         """
         with self._engine.in_use():
-            return self._run_here(values, options, finish, prepare)
+            return self._run_here(values, options, finish, prepare, keep)
 
     def _run_here(
-        self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any], prepare: Prepare | None
+        self,
+        values: Sequence[Any],
+        options: Options,
+        finish: Callable[[Any], Any],
+        prepare: Prepare | None,
+        keep: Callable[[Any], Any] | None,
     ) -> tuple[Any, RunReport]:
         distinct = inputs.Distinct(values)
         engine = self._engine
@@ -232,7 +242,7 @@ class Model:
         work = _work(distinct, self._way(options), prepare)
         show = bool(options.show_progress)
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
-            job = self._open(work, options, _in_texts(progress, work, len(distinct.values)))
+            job = self._open(work, options, _in_texts(progress, work, len(distinct.values)), keep)
             job.report.set(reload_s=reload_s)
             try:
                 engine.announce(job)
@@ -247,13 +257,23 @@ class Model:
         return distinct.spread(work.rows(rows)), options.told(work.report(report))
 
     async def _arun(
-        self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any], prepare: Prepare | None = None
+        self,
+        values: Sequence[Any],
+        options: Options,
+        finish: Callable[[Any], Any],
+        prepare: Prepare | None = None,
+        keep: Callable[[Any], Any] | None = None,
     ) -> tuple[Any, RunReport]:
         with self._engine.in_use():
-            return await self._arun_here(values, options, finish, prepare)
+            return await self._arun_here(values, options, finish, prepare, keep)
 
     async def _arun_here(
-        self, values: Sequence[Any], options: Options, finish: Callable[[Any], Any], prepare: Prepare | None
+        self,
+        values: Sequence[Any],
+        options: Options,
+        finish: Callable[[Any], Any],
+        prepare: Prepare | None,
+        keep: Callable[[Any], Any] | None,
     ) -> tuple[Any, RunReport]:
         distinct = inputs.Distinct(values)
         engine = self._engine
@@ -261,7 +281,7 @@ class Model:
         reload_s, way = await in_thread(lambda: (engine.ready(), self._way(options)))
         work = await in_thread(_work, distinct, way, prepare)
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
-            job = self._open(work, options, _in_texts(progress, work, len(distinct.values)))
+            job = self._open(work, options, _in_texts(progress, work, len(distinct.values)), keep)
             job.report.set(reload_s=reload_s)
             try:
                 engine.announce(job)
@@ -276,7 +296,13 @@ class Model:
                 raise
         return distinct.spread(work.rows(rows)), options.told(work.report(report))
 
-    def _open(self, work: Work, options: Options, progress: Callable[[int], None] | None) -> Any:
+    def _open(
+        self,
+        work: Work,
+        options: Options,
+        progress: Callable[[int], None] | None,
+        keep: Callable[[Any], Any] | None,
+    ) -> Any:
         return self._engine.open(
             len(work.values),
             way=work.way,
@@ -285,6 +311,7 @@ class Model:
             fixed_tokens=options.fixed_tokens,
             progress=progress,
             positions=work.positions,
+            keep=keep,
         )
 
     def _model_options(self) -> set[str]:

@@ -137,9 +137,9 @@ class Reranker(Model):
         self, query: str, documents: Sequence[str], top_n: int | None = None, **options: Any
     ) -> list[RankedDocument]:
         """The `top_n` best documents (None: all), best first; equal scores keep their order, NaN comes last."""
-        _check_top_n(top_n)
+        check_top_n(top_n)
         self._check_single_label()
-        return _ranked(self.score(query, documents, **options), top_n)
+        return ranked(self.score(query, documents, **options), top_n)
 
     def run(self, pairs: Sequence[tuple[str, str]], **options: Any) -> RerankRun:
         """Score `pairs` and report what it took.
@@ -164,9 +164,9 @@ class Reranker(Model):
         self, query: str, documents: Sequence[str], top_n: int | None = None, **options: Any
     ) -> list[RankedDocument]:
         """:meth:`rerank` for asyncio."""
-        _check_top_n(top_n)
+        check_top_n(top_n)
         self._check_single_label()
-        return _ranked(await self.ascore(query, documents, **options), top_n)
+        return ranked(await self.ascore(query, documents, **options), top_n)
 
     async def arun(self, pairs: Sequence[tuple[str, str]], **options: Any) -> RerankRun:
         """:meth:`run` for asyncio."""
@@ -239,11 +239,12 @@ def _pair(query: Any, documents: Any) -> list[tuple[str, str]]:
     return [(query, document) for document in inputs.check_texts(documents, name="documents")]
 
 
-def _ranked(scores: Array, top_n: int | None) -> list[RankedDocument]:
+def ranked(scores: Array, top_n: int | None) -> list[RankedDocument]:
+    """The `top_n` best, None for all; equal scores keep their order."""
     order = np.argsort(-scores, kind="stable")  # NaN sorts last
     return [RankedDocument(int(i), float(scores[i])) for i in (order if top_n is None else order[:top_n])]
 
 
-def _check_top_n(top_n: Any) -> None:
+def check_top_n(top_n: Any) -> None:
     if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 0):
         raise ConfigError(f"top_n: got {top_n!r}; give an int of at least 0, or None for all")

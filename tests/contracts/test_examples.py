@@ -78,6 +78,21 @@ def test_into_vector_stores(offline: dict[str, str], tmp_path: Path) -> None:
     assert set(found) <= {found[0], "is not installed"}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_hybrid_search_runs_offline(offline: dict[str, str], tmp_path: Path) -> None:
+    """Dense, sparse and fused: every question is asked each way, and each finds most answers among its first ten."""
+    pytest.importorskip("qdrant_client")
+    pytest.importorskip("sentence_transformers", minversion="6")
+    command = [sys.executable, str(ROOT / "examples" / "hybrid.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert all(question in lines for question in QUESTIONS)
+    gains = dict(part.split() for part in lines[-1].removeprefix("nDCG@10: ").split(", "))
+    assert set(gains) == {"dense", "sparse", "fused"} and min(map(float, gains.values())) > 0.6
+
+
 def test_passages_are_real_and_varied() -> None:
     """A few hundred distinct passages, each question's answer among them, lengths spread over two orders of magnitude."""
     passages = load_passages()

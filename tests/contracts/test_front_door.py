@@ -24,8 +24,11 @@ PUBLIC = {
         "Event",
         "EventHook",
         "GiB",
+        "HybridEmbedder",
+        "HybridRun",
         "InputError",
         "InputTooLargeError",
+        "LateInteractionReranker",
         "MemoryPolicy",
         "MemsafeError",
         "MiB",
@@ -33,24 +36,30 @@ PUBLIC = {
         "ModelError",
         "ModelNotFoundError",
         "ModelTooLargeError",
+        "MultiVectorEmbedder",
+        "MultiVectorRun",
         "Neighbours",
+        "RaggedArray",
         "RankedDocument",
         "Recording",
         "RerankRun",
         "Reranker",
         "RunReport",
+        "SparseEmbedder",
+        "SparseRun",
         "Store",
         "StoreError",
         "__version__",
         "advise",
         "embed_corpus",
         "embed_ray_dataset",
+        "maxsim",
         "open_store",
     ],
     "llama_index_memsafe": ["MemsafeEmbedding", "MemsafeKVStore", "MemsafeRerank"],
     "langchain_memsafe": ["MemsafeByteStore", "MemsafeCrossEncoder", "MemsafeEmbeddings", "MemsafeRerank"],
 }
-HEAVY = {"torch", "transformers", "sentence_transformers", "tokenizers", "llama_index", "langchain_core"}
+HEAVY = {"torch", "scipy", "transformers", "sentence_transformers", "tokenizers", "llama_index", "langchain_core"}
 
 
 def python(code: str) -> str:

@@ -1,7 +1,8 @@
 """Run inside a box: many random jobs, each under a memory limit of its own; one JSON line a trial.
 
 Arguments: first seed, number of trials, folder with `embedder`, `reranker`, `texts.json`, `rows.npy`, `scores.npy`,
-and the box's cgroup folder. The limit is set from inside to what is used now and a random margin.
+and the box's cgroup folder. The limit is set from inside to what is used now and a random margin: larger or smaller than the one before, while the
+library is at work in the process.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def usage_bytes(box: Path) -> int:
     raise RuntimeError("no memory cgroup")
 
 
-def set_limit(box: Path, num_bytes: int | None) -> None:
-    """None: as good as none. With swap accounting the second limit may never be the smaller one: hence in both orders."""
-    value = str(1 << 40 if num_bytes is None else num_bytes)
+def set_limit(box: Path, num_bytes: int) -> None:
+    """With swap accounting the second limit may never be the smaller one: hence in both orders."""
+    value = str(num_bytes)
     names = ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.limit_in_bytes", "memory.max"]
     for name in names:
         with contextlib.suppress(OSError):
@@ -132,7 +133,6 @@ def main() -> None:
         heap.loosen()
         trial = Trial(seed, folder)
         inputs = [(query, document) for query, document in pairs] if trial.rerank else texts
-        set_limit(box, None)
         gc.collect()
         before = host.resident_bytes()
         limit = usage_bytes(box) + trial.margin_bytes

@@ -227,11 +227,13 @@ def test_a_cgroup_over_its_limit_has_nothing_free(machine: Machine) -> None:
 
 def test_rlimits_count_from_the_size_of_now(machine: Machine) -> None:
     """RLIMIT_AS leaves itself minus the virtual size, RLIMIT_DATA itself minus the data size."""
+    host = machine.host()
+    assert host.snapshot().free_bytes == 12 * GiB
     machine.rlimits[resource.RLIMIT_AS] = 10 * GiB
-    snapshot = machine.host().snapshot()
+    snapshot = host.snapshot()
     assert (snapshot.free_bytes, snapshot.total_bytes) == (2 * GiB, 10 * GiB)
     machine.rlimits[resource.RLIMIT_DATA] = 3 * GiB
-    snapshot = machine.host().snapshot()
+    snapshot = host.snapshot()
     assert (snapshot.free_bytes, snapshot.total_bytes) == (GiB, 3 * GiB)
 
 
@@ -252,16 +254,23 @@ def test_kernels_without_memavailable(machine: Machine) -> None:
 
 
 def test_a_resized_container_is_noticed(machine: Machine) -> None:
-    """A limit that changes while the process runs counts after a second; usage counts at once."""
+    """A limit that changes while the process runs counts at once, as usage does; one where there was none within a second."""
     machine.write("proc/self/cgroup", "0::/a\n")
     machine.mounts(V2.format(root="/"))
     machine.v2("/a", str(4 * GiB), usage=GiB)
     host = machine.host()
     assert host.snapshot().free_bytes == 3 * GiB
-    machine.v2("/a", str(8 * GiB), usage=2 * GiB)
-    assert host.snapshot().free_bytes == 2 * GiB
+    for limit in (8 * GiB, 3 * GiB):
+        machine.v2("/a", str(limit), usage=2 * GiB)
+        snapshot = host.snapshot()
+        assert (snapshot.free_bytes, snapshot.total_bytes) == (limit - 2 * GiB, limit)
+    machine.v2("/a", "max", usage=2 * GiB)
+    assert host.snapshot().free_bytes == 12 * GiB
     machine.now_s += 1.5
-    assert host.snapshot().free_bytes == 6 * GiB
+    assert host.snapshot().free_bytes == 12 * GiB
+    machine.v2("/a", str(4 * GiB), usage=2 * GiB)
+    machine.now_s += 1.5
+    assert host.snapshot().free_bytes == 2 * GiB
 
 
 def test_a_process_that_moves_to_another_cgroup_is_followed(machine: Machine) -> None:
@@ -278,7 +287,7 @@ def test_a_process_that_moves_to_another_cgroup_is_followed(machine: Machine) ->
 
 
 def test_a_cgroup_that_has_gone_does_not_raise(machine: Machine) -> None:
-    """Files that vanish between two readings leave what can still be read."""
+    """Files that vanish between two readings: the process is somewhere else now, and what limits it there counts."""
     machine.write("proc/self/cgroup", "0::/a\n")
     machine.mounts(V2.format(root="/"))
     machine.v2("/a", str(4 * GiB), usage=GiB)
@@ -286,9 +295,11 @@ def test_a_cgroup_that_has_gone_does_not_raise(machine: Machine) -> None:
     host.snapshot()
     for file in (machine.root / "sys/fs/cgroup/a").iterdir():
         file.unlink()
-    assert host.snapshot().free_bytes == 4 * GiB
-    machine.now_s += 1.5
     assert host.snapshot().free_bytes == 12 * GiB
+    machine.v2("/b", str(4 * GiB), usage=GiB)
+    machine.write("proc/self/cgroup", "0::/b\n")
+    machine.now_s += 1.5
+    assert host.snapshot().free_bytes == 3 * GiB
 
 
 def test_hidden_procfs(tmp_path: Path) -> None:

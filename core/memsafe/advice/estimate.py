@@ -24,6 +24,8 @@ _IN_PLACE = ("gelu", "gelu_pytorch_tanh", "gelu_fast", "silu", "swish", "relu")
 _ALIGNED = 8
 """A mask whose rows are no multiple of this is copied once more by CUDA's memory-efficient attention, and padded."""
 _MOST_TOKENS = 1 << 24
+_ROW_VALUES = 512
+"""Numbers of a sparse row: trained SPLADE models leave some hundred."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,21 @@ class Estimate:
     def _packed(self) -> CostPrior:
         act = getattr(self.facts.config, "hidden_act", None) or getattr(self.facts.config, "activation", None) or ""
         ours = self.kind == "cpu" and not self.facts.eager_only
-        return self._tight(self._prior(packed=True, ours=ours, in_place=act in _IN_PLACE))
+        prior = self._tight(self._prior(packed=True, ours=ours, in_place=act in _IN_PLACE))
+        return self._tiled(prior) if self._tiles_words else prior
+
+    @property
+    def _tiles_words(self) -> bool:
+        """Whether memsafe makes scores over the vocabulary tile by tile: of a SPLADE model, when it packs."""
+        return self.facts.kind == "sparse" and "MaskedLM" in self.facts.class_name
+
+    def _tiled(self, prior: CostPrior) -> CostPrior:
+        from memsafe.models.late import Tiles
+        from memsafe.models.priors import tiled
+
+        shape = self.facts.architecture
+        tiles = Tiles(shape.vocab_size, shape.hidden_size, self._size, self.kind, self.facts.config)
+        return tiled(prior, shape, tiles, _ROW_VALUES)
 
     @cached_property
     def _padded(self) -> CostPrior:
@@ -151,7 +167,7 @@ class Estimate:
             packed=packed,
             small_mask=False,
             ours=ours,
-            class_name=self.facts.class_name,
+            class_name="" if packed and self._tiles_words else self.facts.class_name,
             in_place=in_place,
         )
 

@@ -28,7 +28,7 @@ _BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model as its files describe it. kind: "embedding" or "reranker". config: attributes by transformers' names.
+    """A model as its files describe it. kind: as of a ``Checkpoint``. config: attributes by transformers' names.
 
     max_length: tokens after which it cuts; None if nothing says. told_by: "folder", "cache", "hub" or "table".
     languages, parameters (millions): of the table where it is listed, else guessed from vocabulary and headers.

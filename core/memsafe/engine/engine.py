@@ -207,11 +207,12 @@ class Engine:
         fixed_tokens: int | None = None,
         progress: Callable[[int], None] | None = None,
         positions: Sequence[int] | None = None,
+        keep: Callable[[Rows], Rows] | None = None,
     ) -> Job:
         """Open a job for `num_inputs` distinct inputs, encoded in `way`: :meth:`announce` lets it in, :meth:`feed` gives it
         inputs, and whatever happens between, :meth:`Job.cancel` takes it out again.
 
-        fixed_tokens: see :class:`memsafe.planning.turns.Fixed`.
+        fixed_tokens: see :class:`memsafe.planning.turns.Fixed`. keep: see :class:`Job`.
         """
         self._check_usable()
         if in_a_lane():
@@ -226,7 +227,7 @@ class Engine:
         if fixed_tokens is not None:
             key = QueueKey((*key, Fixed(fixed_tokens, next(_numbers))))
         emit = self._hooks if self._given_hooks else None
-        return Job(num_inputs, key, way.extras, ReportBuilder(), progress, emit, positions)
+        return Job(num_inputs, key, way.extras, ReportBuilder(), progress, emit, positions, keep)
 
     def announce(self, job: Job) -> None:
         """Let `job` in. Raises :class:`BusyError` where the policy says not to wait."""

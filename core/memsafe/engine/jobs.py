@@ -21,7 +21,8 @@ class Job:
     """One call: its rows, its report, and a future that ends with the array of rows or with an error.
 
     extras: features beside the tokens that all its inputs share.
-    positions: where each distinct input first stands in the caller's list; None if that is its own index.
+    positions: where each distinct input first stands in the caller's list; None if that is its own index. keep: see
+    :class:`RowWriter`.
     """
 
     def __init__(
@@ -33,13 +34,14 @@ class Job:
         progress: Callable[[int], None] | None = None,
         emit: Callable[[Any], None] | None = None,
         positions: Sequence[int] | None = None,
+        keep: Callable[[Rows], Rows] | None = None,
     ) -> None:
         self.key = key
         self._positions = positions
         self.extras = extras
         self.report = report
         self.emit = emit
-        self.writer = RowWriter(num_inputs)
+        self.writer = RowWriter(num_inputs, keep)
         self.future: Future[Rows | None] = Future()
         # asyncio cancels a wrapped future behind our back, unless it runs; then cancelling goes through :meth:`cancel`
         self.future.set_running_or_notify_cancel()

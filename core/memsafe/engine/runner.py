@@ -17,7 +17,7 @@ from memsafe.config import MemoryPolicy
 from memsafe.engine.delivery import deliver, tell
 from memsafe.engine.jobs import Backlog, Job
 from memsafe.engine.recover import Rescue, Site
-from memsafe.engine.sinks import HostCopy, Rows, to_host
+from memsafe.engine.sinks import HostCopy, Rows, finite, replaced, to_host
 from memsafe.events import CacheReleased, NonFiniteRedone
 from memsafe.machine.device import Device
 from memsafe.machine.refusals import is_out_of_memory
@@ -163,21 +163,20 @@ class Runner:
 
     def _guard(self, batch: MicroBatch, rows: Rows, extras: Any) -> Rows:
         """Redo rows that half precision turned into NaN or infinity; float32 rows are the model's own affair."""
-        if self.model.dtype_name == "float32" or np.isfinite(rows).all():
+        if self.model.dtype_name == "float32" or (flags := finite(rows)).all():
             return rows
-        bad = np.flatnonzero(~np.isfinite(rows).reshape(len(rows), -1).all(axis=1))
+        bad = np.flatnonzero(~flags)
         warnings.warn(
             f"{len(bad)} rows came out of {self.model.dtype_name} as NaN or infinity; computed again in float32 on the CPU",
             stacklevel=2,
         )
         tell(batch, NonFiniteRedone(self.device.name, len(bad)), non_finite_rows=len(bad))
-        rows = rows.copy()
         start = 0
         while start < len(bad):  # longest first; a few at a time, since the host's memory is not endless either
             width = batch.items[bad[start]].num_tokens
             some = bad[start : start + max(REDO_TOKENS // max(width, 1), 1)]
             again = MicroBatch(tuple(batch.items[i] for i in some), packed=False)
-            rows[some] = to_host(self.model.redo_in_float32(again, extras))
+            rows = replaced(rows, some, to_host(self.model.redo_in_float32(again, extras)))
             start += len(some)
         return rows
 

@@ -25,12 +25,10 @@ class _Level(NamedTuple):
 
 
 class _Limits(NamedTuple):
-    """What was found to limit this process, in bytes. None: no such limit."""
+    """Where this process is limited, as it was found lately; the limits themselves are read each time."""
 
-    total_bytes: int  # the smallest of all
-    levels: tuple[tuple[int, _Level], ...]
-    address_space: int | None  # RLIMIT_AS
-    data: int | None  # RLIMIT_DATA
+    physical_bytes: int
+    levels: tuple[_Level, ...]  # those that allow less than there is
     strict_overcommit: bool  # vm.overcommit_memory=2
     until: float  # when to look again, in the clock's seconds
     pid: int
@@ -40,8 +38,8 @@ class LinuxHost(Host):
     """Linux, read from files below `root` (tests put a made-up machine there).
 
     Files are opened anew at each reading, which costs 1-2 microseconds more than a kept descriptor but is right
-    after a fork and after everything has been closed. The limits themselves, and where they are found, are kept for
-    `refresh_s` seconds: they change when somebody resizes the container or moves the process.
+    after a fork and after everything has been closed. Where there are limits is kept for `refresh_s` seconds, since many
+    places may have one; how large they are is not: a container that somebody makes smaller is smaller at once.
     """
 
     def __init__(
@@ -73,26 +71,32 @@ class LinuxHost(Host):
 
     def snapshot(self) -> MemorySnapshot:
         limits = self._current_limits()
+        if not all(os.path.exists(level.usage) for level in limits.levels):  # a cgroup has gone: where are we now?
+            self._limits = self._levels = None
+            limits = self._current_limits()
         meminfo = _read(self._meminfo) or b""
         free = _field(meminfo, b"MemAvailable:", 1024)
         if free is None:  # before Linux 3.14, or procfs is hidden
             known = [_field(meminfo, name, 1024) for name in (b"MemFree:", b"Buffers:", b"\nCached:")]
-            free = sum(size or 0 for size in known) if known[0] is not None else limits.total_bytes
+            free = sum(size or 0 for size in known) if known[0] is not None else limits.physical_bytes
         if limits.strict_overcommit:  # malloc fails at the commit limit, however much is available
             commit, used = (_field(meminfo, name, 1024) for name in (b"CommitLimit:", b"Committed_AS:"))
             if commit is not None and used is not None:
                 free = min(free, commit - used)
-        for limit, level in limits.levels:
-            usage = _number(level.usage, 0)
+        address_space, data_limit = self._rlimits_bytes()
+        total = limits.physical_bytes
+        for level in limits.levels:
+            usage, limit = _number(level.usage, 0), _limit_of(level, limits.physical_bytes)
+            total = min(total, limit)
             if limit - usage < free:  # otherwise this level does not bind, whatever of its usage is page cache
                 cache = _field(_read(level.stat) or b"", level.inactive_file, 1) or 0
                 free = min(free, limit - max(usage - cache, 0))
         virtual, resident, data = self._sizes()
-        if limits.address_space is not None:
-            free = min(free, limits.address_space - virtual)
-        if limits.data is not None:
-            free = min(free, limits.data - data)
-        return MemorySnapshot(max(free, 0), limits.total_bytes, resident, resident)
+        if address_space is not None:
+            free, total = min(free, address_space - virtual), min(total, address_space)
+        if data_limit is not None:
+            free, total = min(free, data_limit - data), min(total, data_limit)
+        return MemorySnapshot(max(free, 0), total, resident, resident)
 
     def resident_bytes(self) -> int:
         return self._sizes()[1]
@@ -115,9 +119,12 @@ class LinuxHost(Host):
 
     def limits(self) -> list[tuple[str, int]]:
         limits = self._current_limits()
-        found = [("cgroup " + "/".join(level.limits[0].rsplit("/", 2)[1:]), size) for size, level in limits.levels]
-        found += [("RLIMIT_AS", limits.address_space)] if limits.address_space is not None else []
-        found += [("RLIMIT_DATA", limits.data)] if limits.data is not None else []
+        found = [
+            ("cgroup " + "/".join(level.limits[0].rsplit("/", 2)[1:]), _limit_of(level, limits.physical_bytes))
+            for level in limits.levels
+        ]
+        rlimits = zip(("RLIMIT_AS", "RLIMIT_DATA"), self._rlimits_bytes(), strict=True)
+        found += [(name, size) for name, size in rlimits if size is not None]
         commit = _field(_read(self._meminfo) or b"", b"CommitLimit:", 1024) if limits.strict_overcommit else None
         found += [("vm.overcommit_memory=2, CommitLimit", commit)] if commit is not None else []
         return sorted(found, key=lambda limit: limit[1])
@@ -164,20 +171,23 @@ class LinuxHost(Host):
         if physical is None:
             physical = os.sysconf("SC_PHYS_PAGES") * self._page_bytes
         # A level that allows more than there is does not bind; v1 writes "no limit" as such a number.
-        binding = [(min(_number(path, physical) for path in level.limits), level) for level in self._levels]
-        binding = [(limit, level) for limit, level in binding if limit < physical]
-        rlimits = [self._getrlimit(which)[0] for which in self._rlimits]  # no limit: -1, or the largest number
-        address_space, data = (limit if 0 <= limit < sys.maxsize else None for limit in rlimits)
-        known = [
-            physical,
-            *(limit for limit, _ in binding),
-            *(size for size in (address_space, data) if size is not None),
-        ]
+        binding = tuple(level for level in self._levels if _limit_of(level, physical) < physical)
         strict = (_read(f"{self._root}/proc/sys/vm/overcommit_memory") or b"").strip() == b"2"
-        self._limits = _Limits(
-            min(known), tuple(binding), address_space, data, strict, now + self._refresh_s, os.getpid()
-        )
+        self._limits = _Limits(physical, binding, strict, now + self._refresh_s, os.getpid())
         return self._limits
+
+    def _rlimits_bytes(self) -> tuple[int | None, int | None]:
+        """RLIMIT_AS and RLIMIT_DATA; None: no limit, which is -1 or the largest number."""
+        address_space, data = (self._getrlimit(which)[0] for which in self._rlimits)
+        return (
+            address_space if 0 <= address_space < sys.maxsize else None,
+            data if 0 <= data < sys.maxsize else None,
+        )
+
+
+def _limit_of(level: _Level, physical_bytes: int) -> int:
+    """What a level allows, in bytes; no limit reads as `physical_bytes`."""
+    return min(_number(path, physical_bytes) for path in level.limits)
 
 
 def _memory_levels(root: str, cgroup: bytes, mounts: bytes) -> list[_Level]:

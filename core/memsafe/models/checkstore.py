@@ -23,7 +23,7 @@ from memsafe.models.selfcheck import SelfCheck, tolerance
 
 __all__ = ["CheckStore", "check_key", "versions"]
 
-_SCHEMA = 4
+_SCHEMA = 5
 
 
 def check_key(*, model: Any, spec: Mapping[str, Any], revision: str, card: str, tokenizer: Any, tokens: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memsafe.models.collate import PackedRow
+from memsafe.models.segments import join
 
 __all__ = ["HEADS", "Stub", "rows", "shallow"]
 
@@ -22,7 +23,7 @@ first, last: once, every sequence being its first or last token alone; for heads
 flat: once, on the row as it is; for pooling that knows where sequences start.
 """
 
-Run = Callable[[dict[str, Any]], Tensor]
+Run = Callable[[dict[str, Any]], Any]
 """From features to final rows: the modules around the encoder, in whose place `stub.answer` stands."""
 
 
@@ -36,7 +37,7 @@ def rows(
     pad_id: int | None,
     *,
     strict: bool = False,
-) -> Tensor:
+) -> Any:
     """Final rows, shape (sequences, width), of `output`, the encoder's for one packed row. head: of :data:`HEADS`.
 
     pad_id: the token that a classifier of a decoder takes for padding. It reads the last token that is none, so where
@@ -67,7 +68,7 @@ def _groups(
     types: Tensor | None,
     lengths: tuple[int, ...],
     features: Mapping[str, Any],
-) -> Tensor:
+) -> Any:
     found, start = [], 0
     for length, same in groupby(lengths):
         count = sum(1 for _ in same)
@@ -79,10 +80,10 @@ def _groups(
             inputs["token_type_ids"] = types[start:stop].view(count, length)
         found.append(run(inputs))
         start = stop
-    return found[0] if len(found) == 1 else torch.cat(found)
+    return join(found)
 
 
-def _flat(run: Run, stub: Stub, output: Any, row: PackedRow, features: Mapping[str, Any]) -> Tensor:
+def _flat(run: Run, stub: Stub, output: Any, row: PackedRow, features: Mapping[str, Any]) -> Any:
     """By sentence-transformers' own pooling of a flat row, which it has for flash attention since 5.4."""
     stub.answer = output
     ids = row.input_ids[None]

@@ -16,7 +16,7 @@ from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError, MemsafeError, ModelError, ModelNotFoundError
 from memsafe.machine.device import Device, open_device
 from memsafe.machine.refusals import is_out_of_memory
-from memsafe.models import weights
+from memsafe.models import m3, sbert, weights
 from memsafe.models.model import LoadedModel, ModelSpec
 
 __all__ = ["load", "move", "size_of"]
@@ -30,7 +30,6 @@ def load(
 
     Raises :class:`ModelTooLargeError` before anything is loaded, :class:`ModelError` for a model that cannot be used.
     """
-    reranker = spec.kind == "reranker"
     if not isinstance(spec.model, str):
         if spec.dtype is not None:
             raise ConfigError(f"dtype: got {spec.dtype!r} with a loaded model; load it in that dtype, or pass its name")
@@ -63,12 +62,17 @@ def load(
             weights.check_fits(checkpoint, target, host.snapshot().free_bytes, "cpu")
     if model_kwargs:
         options["model_kwargs"] = model_kwargs
-    library = importlib.import_module("sentence_transformers")
-    build = library.CrossEncoder if reranker else library.SentenceTransformer
+    saved = checkpoint is not None and checkpoint.kind == spec.kind
+    heads = m3.find(spec.model, options) if spec.kind in m3.KINDS and not saved else None
+    if spec.kind == "hybrid" and heads is None:
+        raise ModelError(
+            f"model: {spec.model!r} has one output; several need {' and '.join(m3.FILES.values())} beside the encoder, as BGE-M3 has"
+        )
+    build = sbert.build(spec.kind if heads is None else "embedding")
     st = None
     try:
         with _loading:
-            st = build(spec.model, device=device.name, **options).eval()
+            st = _built(build, spec, device, options, heads)
     except MemsafeError:
         raise
     except BaseException as error:  # whatever a damaged file makes of itself: pickle, zip, JSON, shapes, types
@@ -95,6 +99,11 @@ def load(
             f"model: {spec.model!r} was loaded but cannot be used: {type(error).__name__}: {error}; something in its "
             "configuration has a value that it cannot have"
         ) from error
+
+
+def _built(build: Any, spec: ModelSpec, device: Device, options: dict[str, Any], heads: dict[str, str] | None) -> Any:
+    st = build(spec.model, device=device.name, **options).eval()
+    return st if heads is None else m3.assemble(st, heads, spec.outputs or (spec.kind,), device.name)
 
 
 def size_of(model: torch.nn.Module) -> int:

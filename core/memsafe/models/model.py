@@ -11,16 +11,15 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from memsafe.attention import interface, kernels
 from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError
 from memsafe.machine.device import Device, open_device
 from memsafe.machine.refusals import is_out_of_memory
-from memsafe.models import checkstore, fallbacks, sbert, weights
+from memsafe.models import checkstore, fallbacks, late, sbert, segments, weights
 from memsafe.models.identity import content_digest
-from memsafe.models.priors import prior_of
+from memsafe.models.priors import prior_of, tiled
 from memsafe.models.private import private_copy
 from memsafe.models.routes import Routes, Solo, rows_of_features
 from memsafe.models.selfcheck import SelfCheck, run_self_check
@@ -46,10 +45,12 @@ class ModelSpec:
     max_length: int | None = None
     truncation: str = "longest_first"
     query_max_length: int | None = None
+    outputs: tuple[str, ...] = ()
+    """Of a model that has several."""
 
     def __post_init__(self) -> None:
         if self.model is not None and not isinstance(self.model, str):
-            sbert.check_handed_in(self.model, self.kind == "reranker")
+            sbert.check_handed_in(self.model, self.kind)
 
 
 class LoadedModel:
@@ -127,6 +128,8 @@ class LoadedModel:
 
     @property
     def config(self) -> Any:
+        if self.hf is None and self._tiles is not None:  # inside a Router
+            return self._tiles.config
         return getattr(self.hf, "config", None)
 
     @cached_property
@@ -151,7 +154,7 @@ class LoadedModel:
 
     def cost_prior(self) -> CostPrior:
         """What a forward takes, before anything is measured."""
-        return prior_of(
+        prior = prior_of(
             self.architecture,
             self.config,
             self.dtype,
@@ -159,8 +162,14 @@ class LoadedModel:
             packed=self.packed,
             small_mask=self.check.small_mask_ok,
             ours=self.workspace_bytes > 0,
-            class_name=type(self.hf).__name__,
+            class_name=type(self.hf).__name__ if self._tiles is None else "",
         )
+        return prior if self._tiles is None else tiled(prior, self.architecture, self._tiles, self.check.row_values)
+
+    @cached_property
+    def _tiles(self) -> late.Tiles | None:
+        """How sparse rows are made; None for rows of other kinds, and where the model's own code makes them."""
+        return None if self.check.own else late.tiles(self.routes.run, self.device.kind)
 
     def cost_shape(self, batch: MicroBatch) -> BatchShape:
         """The shape of `batch` as its memory shows it: where nothing is padded, transformers makes no mask over pairs."""
@@ -205,7 +214,7 @@ class LoadedModel:
     # running
 
     @torch.inference_mode()
-    def forward(self, batch: MicroBatch, extras: Mapping[str, Any], rung: str | None = None) -> Tensor:
+    def forward(self, batch: MicroBatch, extras: Mapping[str, Any], rung: str | None = None) -> Any:
         """Rows of `batch`, shape (len(batch), dim or labels), on the device, before any activation or normalisation.
 
         `rung`: one of :data:`memsafe.config.FALLBACKS`. Device memory errors pass through.
@@ -238,12 +247,16 @@ class LoadedModel:
             return self.dtype == torch.float32 and (self.device.supports("bfloat16") or self.device.supports("float16"))
         return self.device.kind != "cpu"
 
-    def redo_in_float32(self, batch: MicroBatch, extras: Mapping[str, Any]) -> Tensor:
+    def redo_in_float32(self, batch: MicroBatch, extras: Mapping[str, Any]) -> Any:
         """Rows computed on the CPU in float32: for those that came out of half precision as NaN."""
         return self._forward_on_host(batch, extras)
 
     @torch.inference_mode()
-    def _forward_on_host(self, batch: MicroBatch, extras: Mapping[str, Any]) -> Tensor:
+    def _forward_on_host(self, batch: MicroBatch, extras: Mapping[str, Any]) -> Any:
+        rows = self._rows_on_host(batch, extras)
+        return late.rows_of_kind(self.kind, rows, self.routes.own)
+
+    def _rows_on_host(self, batch: MicroBatch, extras: Mapping[str, Any]) -> Any:
         cpu = torch.device("cpu")
         with self._host_lock:
             own = self.device.kind == "cpu" and self.dtype == torch.float32
@@ -257,9 +270,8 @@ class LoadedModel:
             if not self.routes.alone(batch.items):
                 features, _ = self.routes.features(host.model, batch.items, extras, cpu)
                 return rows_of_features(host.model, features, extras.get("options"))
-            return torch.cat(
-                [host.rows(partial(self.routes.one_on, item=item, extras=extras, device=cpu)) for item in batch.items]
-            )
+            one = partial(self.routes.one_on, extras=extras, device=cpu)
+            return segments.join([host.rows(partial(one, item=item)) for item in batch.items])
 
     def _check_host(self, batch: MicroBatch, *, copied: bool) -> None:
         """Raise MemoryError if the machine lacks room for `batch`, and for a copy of the weights: it would not raise."""

@@ -22,6 +22,7 @@ from memsafe.attention.transfer import send
 from memsafe.models import heads
 from memsafe.models.collate import PackedRow
 from memsafe.models.heads import HEADS
+from memsafe.models.segments import Segmented, Several
 
 __all__ = ["PackedModel", "final_rows", "find_hf_model"]
 
@@ -47,14 +48,17 @@ def find_hf_model(model: nn.Module) -> PreTrainedModel:
     return found[0]
 
 
-def final_rows(output: Any) -> Tensor:
-    """The rows that a forward of the whole model ends in: embeddings, or scores of shape (rows, labels)."""
+def final_rows(output: Any) -> Any:
+    """The rows that a forward of the whole model ends in: embeddings, or scores of shape (rows, labels); see
+    :mod:`memsafe.models.segments` for what is not dense."""
     if isinstance(output, Mapping) and "sentence_embedding" in output:
         rows = output["sentence_embedding"]
     elif isinstance(output, Mapping) and "scores" in output:
         rows = output["scores"]
     else:
         rows = getattr(output, "logits", None)
+    if isinstance(rows, (Segmented, Several)):
+        return rows
     if not isinstance(rows, Tensor):
         raise NotImplementedError("the model ends neither in sentence embeddings nor in scores")
     return rows[:, None] if rows.ndim == 1 else rows
@@ -145,7 +149,7 @@ class PackedModel:
         lengths: Sequence[int],
         types: Any = None,
         features: Mapping[str, Any] | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """Rows of the whole model, shape (sequences, dim or labels), in packed order, in the model's dtype.
 
         ids, types: see :meth:`pack`. features: what else preprocessing gave (modality, prompt_length), the same for all.
@@ -168,27 +172,28 @@ class PackedModel:
             ids[tokens], [stop - start for start, stop in chunks], None if types is None else types[tokens]
         )
         states = output.last_hidden_state[:, send(tokens, part.device, torch.int64)]
-        return self.rows(type(output)(last_hidden_state=states), part, features)
+        rows: Tensor = self.rows(type(output)(last_hidden_state=states), part, features)
+        return rows
 
     @torch.inference_mode()
     def rows(
         self, output: Any, row: PackedRow, features: Mapping[str, Any] | None = None, *, strict: bool = False
-    ) -> Tensor:
+    ) -> Any:
         """The second half of :meth:`forward`: everything behind the encoder, whose `output` for one row is given.
         strict: see :func:`heads.rows`."""
         outer, stub = self._outer()
 
-        def run(inputs: dict[str, Any]) -> Tensor:
+        def run(inputs: dict[str, Any]) -> Any:
             return self._run(outer, inputs)
 
         return heads.rows(self.head, run, stub, output, row, features or {}, self._pad_id, strict=strict)
 
     @torch.inference_mode()
-    def plain(self, features: Mapping[str, Any]) -> Tensor:
+    def plain(self, features: Mapping[str, Any]) -> Any:
         """Rows of the model itself for ordinary padded `features`: what a packed forward must be equal to."""
         return self._run(self.model, dict(features))
 
-    def _run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def _run(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         return final_rows(model(inputs) if self._features_as_dict else model(**inputs))
 
     def _outer(self) -> tuple[nn.Module, heads.Stub]:

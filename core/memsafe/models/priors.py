@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from memsafe.attention import grouped, kernels
+from memsafe.models.late import Tiles
 from memsafe.planning.architecture import Architecture
 from memsafe.planning.cost import CostPrior
 
-__all__ = ["prior_of"]
+__all__ = ["prior_of", "tiled"]
 
 
 def prior_of(
@@ -65,6 +66,22 @@ def prior_of(
         per_sequence = prior.per_sequence_bytes + 2 * 2 * span * shape.hidden_size * dtype.itemsize
         prior = replace(prior, per_token_bytes=per_token, per_sequence_bytes=per_sequence)
     return prior
+
+
+def tiled(prior: CostPrior, shape: Architecture, tiles: Tiles, row_values: int) -> CostPrior:
+    """`prior` of a model whose sparse rows, of `row_values` numbers, are made in `tiles`.
+
+    Per token the encoder's last states and what the head makes of them; of each sequence in a tile its maxima, a flag for
+    each, and once more the maxima while they are made; of each row numbers and columns, and both once more while rows are joined.
+    """
+    return replace(
+        prior,
+        head_token_bytes=2.0 * shape.hidden_size * tiles.size + 64,
+        head_tile_bytes=float(tiles.words * tiles.size),
+        head_sequence_bytes=float(tiles.words * (2 * tiles.size + 1)),
+        head_row_bytes=2.0 * row_values * (4 + tiles.size),
+        head_tile_tokens=tiles.tokens,
+    )
 
 
 def _number(config: Any, name: str) -> int:

@@ -14,6 +14,7 @@ from memsafe.machine.refusals import is_out_of_memory
 from memsafe.models import sbert
 from memsafe.models.packed import find_hf_model
 from memsafe.models.private import ForwardState, private_copy
+from memsafe.models.segments import each
 
 __all__ = [
     "BARE",
@@ -136,14 +137,15 @@ def reference(model: Any, values: Sequence[Any], call: Call) -> list[Probe]:
     for value in values:
         with _overheard(model) as heard:
             try:
-                row = sbert.own_rows(
+                rows = sbert.own_rows(
                     model,
                     [value],
                     kind=call.kind,
                     prompt=call.prompt,
                     prompt_name=call.prompt_name,
                     options=call.options,
-                )[0]
+                )
+                row = each(rows)[0]
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
@@ -153,9 +155,7 @@ def reference(model: Any, values: Sequence[Any], call: Call) -> list[Probe]:
         if not bool(row.isfinite().all()):
             continue
         hidden = heard[-1] if heard else None
-        found.append(
-            Probe(value, call, row.reshape(-1), hidden[0] if hidden is not None and len(hidden) == 1 else None)
-        )
+        found.append(Probe(value, call, row, hidden[0] if hidden is not None and len(hidden) == 1 else None))
     return found
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from memsafe.attention import interface, regrouped
-from memsafe.attention.transfer import send
-from memsafe.models import collate, fuse, sbert
+from memsafe.models import collate, fuse, late, sbert, segments
+from memsafe.models.m3 import ends_in_heads
 from memsafe.models.packed import PackedModel
 from memsafe.models.private import ForwardState, length_switch
 from memsafe.models.probes import Call, reference_model
@@ -35,7 +35,7 @@ class Solo:
         self._state = ForwardState(model)
         self._lock = threading.Lock()
 
-    def rows(self, forward: Callable[[Any], Tensor]) -> Tensor:
+    def rows(self, forward: Callable[[Any], Any]) -> Any:
         """``forward(model)``, with nobody beside it."""
         with self._lock:
             try:
@@ -48,14 +48,16 @@ class Solo:
 
 
 class Routes:
-    """A private copy of a SentenceTransformer or CrossEncoder (`run`), and the way it takes (`check`).
+    """A private copy of a model (`own`), what runs of it (`run`: the same, unless rows of its kind are made otherwise), and the
+    way that it takes (`check`).
 
     A :class:`memsafe.models.selfcheck.Subject`: the check tries ways by :meth:`use`. limit: tokens beyond which inputs
     run alone, since they change what runs with them, as does an input whose tokens are not known; None without.
     """
 
-    def __init__(self, run: Any, kind: str, encoder: InputEncoder, device: torch.device) -> None:
-        self.run = run
+    def __init__(self, own: Any, kind: str, encoder: InputEncoder, device: torch.device) -> None:
+        self.own = own
+        self.run = run = late.variant(own, kind)
         self.kind = kind
         self.encoder = encoder
         self.check = UNCHECKED
@@ -73,6 +75,8 @@ class Routes:
         self.can_fuse = not self.refusal and fuse.install(self.hf) > 0
         if self.can_fuse:
             fuse.uninstall(self.hf)
+        # A late-interaction model's own modules pad a flat row again, to the longest of all.
+        self.can_flat = kind != "multi_vector" or ends_in_heads(run)
         self.limit = self._limit()
         self._state = ForwardState(run)
         self._solo: Solo | None = None
@@ -149,12 +153,13 @@ class Routes:
             return self.limit is not None
         return len(item.input_ids) == 0 or (self.limit is not None and item.num_tokens > self.limit)
 
-    def forward(
-        self, batch: MicroBatch, extras: Mapping[str, Any], around: Callable[[Any], Any] | None = None
-    ) -> Tensor:
+    def forward(self, batch: MicroBatch, extras: Mapping[str, Any], around: Callable[[Any], Any] | None = None) -> Any:
         """Rows of `batch`, shape (len(batch), dim or labels). around: a context manager for each forward, of its model."""
         if "chunks" in extras:
             return self._chunks(batch, extras, around)
+        return late.rows_of_kind(self.kind, self._forward(batch, extras, around), self.own)
+
+    def _forward(self, batch: MicroBatch, extras: Mapping[str, Any], around: Callable[[Any], Any] | None) -> Any:
         apart = self.alone(batch.items)
         if not apart:
             with nullcontext() if around is None else around(self.run):
@@ -166,17 +171,17 @@ class Routes:
         rest = sorted(set(range(len(batch))) - set(apart))
         if rest:
             others = MicroBatch(tuple(batch.items[place] for place in rest), batch.packed, batch.multiple)
-            found.append(self.forward(others, extras, around))
-        rows, order = torch.cat(found), np.argsort([*apart, *rest])
-        return rows if apart == list(range(len(apart))) else rows[send(order, rows.device, torch.int64)]
+            found.append(self._forward(others, extras, around))
+        rows, order = segments.join(found), np.argsort([*apart, *rest])
+        return rows if apart == list(range(len(apart))) else segments.pick(rows, order)
 
     def _solo_copy(self) -> Solo:
         with self._solo_lock:
             if self._solo is None:
-                self._solo = Solo(reference_model(self.run))
+                self._solo = Solo(reference_model(self.own if self.check.own else self.run))
             return self._solo
 
-    def _together(self, batch: MicroBatch, extras: Mapping[str, Any]) -> Tensor:
+    def _together(self, batch: MicroBatch, extras: Mapping[str, Any]) -> Any:
         if self._packed is not None and batch.packed and batch.items[0].input_ids is not None:
             return self._packed.forward(*_end_to_end(batch), extras)
         features, uniform = self.features(self.run, batch.items, extras, self.device_of_rows, batch.multiple)
@@ -191,7 +196,8 @@ class Routes:
             chunks = partial(
                 self.chunks_on, item=batch.items[0], extras=extras, device=self.device_of_rows, around=around
             )
-            return self._solo_copy().rows(chunks)
+            row: Tensor = self._solo_copy().rows(chunks)
+            return row
         ids, _, types = _end_to_end(batch)
         rest = {name: value for name, value in extras.items() if name != "chunks"}
         with nullcontext() if around is None else around(self.run):
@@ -218,12 +224,12 @@ class Routes:
         extras: Mapping[str, Any],
         around: Callable[[Any], Any] | None = None,
         device: torch.device | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """The row of `item` by `model`'s own code, shape (1, dim or labels). device: of `model`; None for that of rows."""
         with nullcontext() if around is None else around(model):
             if self.check.own:
                 rows = sbert.own_rows(model, [item.raw], prompt=extras["prompt"] or "", options=extras["options"])
-                return rows[:, None] if rows.ndim == 1 else rows
+                return _of_rank_2(rows)
             features, _ = self.features(model, [item], extras, device or self.device_of_rows)
             return rows_of_features(model, features, extras.get("options"))
 
@@ -268,11 +274,10 @@ class Routes:
         return MicroBatch(tuple(items), self.check.packed_ok), way.extras
 
     @torch.inference_mode()
-    def rows_of(self, values: Sequence[Any], call: Call) -> Tensor:
+    def rows_of(self, values: Sequence[Any], call: Call) -> Any:
         """Rows of `values`, in their order, as one micro-batch of a call makes them."""
         batch, extras = self.batch_of(values, call)
-        rows = self.forward(batch, extras)
-        return rows[_places(batch)]
+        return segments.pick(self.forward(batch, extras), _places(batch))
 
     def ends_in_padding(self, values: Sequence[Any], call: Call) -> list[bool]:
         """Which of `values` end in a padding token written in them."""
@@ -299,12 +304,13 @@ class Routes:
         return [hidden[place] for place in _places(batch)]
 
     @torch.inference_mode()
-    def rows_by(self, head: str) -> Tensor:
+    def rows_by(self, head: str) -> Any:
         """Rows of the values packed last, in their order, through `head`."""
         if self._last is None:
             raise NotImplementedError("nothing was packed")
         batch, extras, row, output = self._last
-        return PackedModel(self.run, head).rows(output, row, extras, strict=True)[_places(batch)]
+        rows = PackedModel(self.run, head).rows(output, row, extras, strict=True)
+        return segments.pick(late.rows_of_kind(self.kind, rows, self.own), _places(batch))
 
 
 def _places(batch: MicroBatch) -> list[int]:
@@ -324,7 +330,10 @@ def _end_to_end(batch: MicroBatch) -> tuple[Any, list[int], Any]:
     return ids, batch.lengths, np.concatenate(types)
 
 
-def rows_of_features(model: Any, features: Mapping[str, Any], options: Mapping[str, Any] | None) -> Tensor:
-    """Rows of a padded forward of a whole model, always of rank 2. options: of the call, for the modules' forwards."""
-    rows = sbert.forward(model, features, options)
-    return rows[:, None] if rows.ndim == 1 else rows
+def rows_of_features(model: Any, features: Mapping[str, Any], options: Mapping[str, Any] | None) -> Any:
+    """Rows of a padded forward of a whole model, dense ones of rank 2. options: of the call, for the modules' forwards."""
+    return _of_rank_2(sbert.forward(model, features, options))
+
+
+def _of_rank_2(rows: Any) -> Any:
+    return rows[:, None] if isinstance(rows, Tensor) and rows.ndim == 1 else rows

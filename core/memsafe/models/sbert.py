@@ -11,8 +11,12 @@ from typing import Any
 import torch
 
 from memsafe.errors import ModelError
+from memsafe.models.m3 import ends_in_heads
+from memsafe.models.segments import Segmented
 
 __all__ = [
+    "CLASSES",
+    "build",
     "call_options",
     "check_handed_in",
     "declared_lengths",
@@ -37,6 +41,15 @@ __all__ = [
 
 _KNOWN = ("sentence_transformers.", "transformers.")
 
+CLASSES = {
+    "embedding": ("SentenceTransformer", "Embedder"),
+    "reranker": ("CrossEncoder", "Reranker"),
+    "sparse": ("SparseEncoder", "SparseEmbedder"),
+    "multi_vector": ("MultiVectorEncoder", "MultiVectorEmbedder"),
+    "hybrid": ("SentenceTransformer", "HybridEmbedder"),
+}
+"""By kind of model: the class of sentence-transformers, and ours. Sparse ones came with version 5, multi-vector ones with 6."""
+
 
 def is_reranker(model: Any) -> bool:
     """True for a CrossEncoder, False for a SentenceTransformer."""
@@ -44,17 +57,34 @@ def is_reranker(model: Any) -> bool:
     return isinstance(model, cross_encoder)
 
 
-def check_handed_in(model: Any, reranker: bool) -> None:
+def build(kind: str) -> Any:
+    """The class of sentence-transformers that loads models of `kind`. Raises :class:`ModelError` where it has none yet."""
+    name, ours = CLASSES[kind]
+    found = getattr(importlib.import_module("sentence_transformers"), name, None)
+    if found is None:
+        raise ModelError(
+            f"{ours} needs {name}, which this sentence-transformers does not have; run: "
+            'pip install --upgrade "sentence-transformers>=6"'
+        )
+    return found
+
+
+def check_handed_in(model: Any, kind: str) -> None:
     """Raise :class:`ModelError` for a loaded object that is neither name nor model of the right class."""
-    library = importlib.import_module("sentence_transformers")
-    wanted, other = library.SentenceTransformer, library.CrossEncoder
-    if reranker:
-        wanted, other = other, wanted
+    wanted = build(kind)
+    if kind == "hybrid":
+        raise ModelError(
+            f"model: got a {type(model).__name__}; give a folder or a hub id like 'BAAI/bge-m3', where the heads lie beside the "
+            "encoder"
+        )
     if isinstance(model, wanted):
         return
+    library = importlib.import_module("sentence_transformers")
+    others = [(getattr(library, name, None), ours) for other, (name, ours) in CLASSES.items() if other != kind]
     got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-    if isinstance(model, other):
-        remedy = f"give it to {'Embedder' if reranker else 'Reranker'}, or give a {wanted.__name__} here"
+    taker = next((ours for other, ours in others if other is not None and isinstance(model, other)), None)
+    if taker is not None:
+        remedy = f"give it to {taker}, or give a {wanted.__name__} here"
     else:
         remedy = f"give a folder, a hub id like 'BAAI/bge-m3', or a loaded {wanted.__name__}"
         if hasattr(model, "config"):
@@ -123,17 +153,16 @@ def preprocess(
     return features if length is None else features | {"prompt_length": length}
 
 
-def forward(model: Any, features: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> torch.Tensor:
-    """Rows of a forward: (rows, dim) embeddings, or (rows, labels) or (rows,) raw scores before any activation."""
+def forward(model: Any, features: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Any:
+    """Rows of a forward: (rows, dim) embeddings, or (rows, labels) or (rows,) raw scores before any activation; for what is
+    not dense, see :mod:`memsafe.models.segments`."""
     if is_reranker(model):
         if not _has_modules(model):
             logits: torch.Tensor = model.model(**features, return_dict=True).logits
             return logits
         scores: torch.Tensor = model(dict(features), **(options or {}))["scores"]
         return scores
-    out = model(dict(features), **(options or {}))
-    embeddings: torch.Tensor = out["sentence_embedding"]
-    return embeddings
+    return model(dict(features), **(options or {}))["sentence_embedding"]
 
 
 def forward_chunks(
@@ -194,8 +223,24 @@ def tasks(model: Any) -> list[str]:
 
 
 def forward_options(model: Any, options: Mapping[str, Any]) -> set[str]:
-    """Which of `options` a module's forward takes: they change rows beyond what preprocessing shows."""
-    return (_forward_names(model) if _has_modules(model) else set()) & set(options)
+    """Which of `options` a module's forward takes: they change rows beyond what preprocessing shows. A late-interaction
+    model's own modules take the absence of a task for "document"."""
+    names = _forward_names(model) if _has_modules(model) else set()
+    if options.get("task") == "document" and _family(model) == "multi_vector":
+        takers = [module for module in model.modules() if "task" in getattr(module, "forward_kwargs", ())]
+        if all(type(module).__module__.startswith(_KNOWN) and not hasattr(module, "sub_modules") for module in takers):
+            names -= {"task"}
+    return names & set(options)
+
+
+def _family(model: Any) -> str | None:
+    """The kind of model that `model` is an object of."""
+    library = importlib.import_module("sentence_transformers")
+    for kind in ("reranker", "sparse", "multi_vector", "embedding"):
+        known = getattr(library, CLASSES[kind][0], None)
+        if known is not None and isinstance(model, known):
+            return kind
+    return None
 
 
 def _forward_names(model: Any) -> set[str]:
@@ -238,12 +283,20 @@ def own_rows(
     prompt: str | None = None,
     prompt_name: str | None = None,
     options: Mapping[str, Any] | None = None,
-) -> torch.Tensor:
+) -> Any:
     """Rows of `inputs` by the model's own ``encode``, ``encode_query``, ``encode_document`` or ``predict``, one input at
-    a time, on its device: (inputs, dim), or (inputs, labels) or (inputs,) raw scores.
+    a time, on its device: (inputs, dim), or (inputs, labels) or (inputs,) raw scores; ragged ones of a MultiVectorEncoder.
 
     prompt: "" for none, not even the model's default. options: of the call; a task "query" or "document" is that kind.
     """
+    if ends_in_heads(model):
+        features = preprocess(model, inputs, resolve_prompt(model, prompt, prompt_name, kind), options)
+        moved = {
+            name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+            for name, value in features.items()
+        }
+        with torch.inference_mode():
+            return forward(model, moved)
     prompts = {"prompt": prompt, "prompt_name": prompt_name}
     given: dict[str, Any] = {name: value for name, value in prompts.items() if value is not None}
     given |= {**(options or {}), "batch_size": 1, "show_progress_bar": False, "convert_to_tensor": True}
@@ -255,10 +308,14 @@ def own_rows(
     methods = {"query": "encode_query", "document": "encode_document"}
     if kind is None and given.get("task") in methods:
         kind = given.pop("task")
-    rows: torch.Tensor = getattr(model, methods.get(kind or "", "encode"))(
-        list(inputs), normalize_embeddings=False, **given
-    )
-    return rows
+    own = getattr(model, methods.get(kind or "", "encode"))
+    family = _family(model)
+    if family == "sparse":
+        return own(list(inputs), convert_to_sparse_tensor=False, **given)
+    if family == "multi_vector":
+        del given["convert_to_tensor"]
+        return Segmented.ragged(own(list(inputs), **given))
+    return own(list(inputs), normalize_embeddings=False, **given)
 
 
 def pooling_modes(model: Any) -> list[str]:

@@ -20,6 +20,7 @@ from memsafe.machine.refusals import is_out_of_memory
 from memsafe.models import probes
 from memsafe.models.heads import HEADS
 from memsafe.models.probes import BARE, Call, Probe
+from memsafe.models.segments import each
 
 __all__ = ["SelfCheck", "Subject", "run_self_check", "tolerance"]
 
@@ -31,7 +32,8 @@ class SelfCheck:
     packed_ok: packed forwards. small_mask_ok: the small mask of padded ones. reason: why not packed. max_difference: of
     rows and of packed hidden states, relative to the norm of the model's own. in_place_ok: `fuse.install`. head: for
     `PackedModel`, one of `heads.HEADS`. alone: one input at a time, since rows depend on what runs together. own: not
-    even tokens are taken from us: the model's own ``encode`` or ``predict`` makes each row.
+    even tokens are taken from us: the model's own ``encode`` or ``predict`` makes each row. row_values: numbers other than zero
+    in a sparse row, on average.
     """
 
     packed_ok: bool
@@ -43,6 +45,7 @@ class SelfCheck:
     head: str = "groups"
     alone: bool = False
     own: bool = False
+    row_values: int = 0
 
 
 class Subject(Protocol):
@@ -50,7 +53,9 @@ class Subject(Protocol):
 
     kind: str
     run: Any
-    """The SentenceTransformer or CrossEncoder, private, to which ways are applied."""
+    """The model, private, to which ways are applied."""
+    own: Any
+    """The model as it was loaded, private: what gives the rows that all ways are held against."""
     tokenizer: Any
     dtype: torch.dtype
     device_of_rows: torch.device
@@ -60,6 +65,8 @@ class Subject(Protocol):
     can_mask: bool
     """Whether the small mask can be tried."""
     can_fuse: bool
+    can_flat: bool
+    """Whether the head "flat" can be tried."""
 
     @property
     def encoder_module(self) -> Any:
@@ -68,7 +75,7 @@ class Subject(Protocol):
     def use(self, check: SelfCheck) -> None:
         """Take the way `check` from now on. Raises NotImplementedError where it does not exist."""
 
-    def rows_of(self, values: Sequence[Any], call: Call) -> Tensor:
+    def rows_of(self, values: Sequence[Any], call: Call) -> Any:
         """Rows of `values`, in their order, as one micro-batch of a call would make them."""
 
     def company(self, values: Sequence[Any], call: Call) -> list[bool]:
@@ -80,7 +87,7 @@ class Subject(Protocol):
     def pack(self, values: Sequence[Any], call: Call) -> list[Tensor]:
         """Pack `values` through the encoder: its last hidden states of each, shape (tokens, hidden size)."""
 
-    def rows_by(self, head: str) -> Tensor:
+    def rows_by(self, head: str) -> Any:
         """Rows of the values packed last, in their order, through `head`."""
 
 
@@ -117,8 +124,9 @@ def run_self_check(subject: Subject) -> SelfCheck:
     Takes milliseconds for small models. Out-of-memory errors pass through; every other failure is a reason.
     """
     began = time.perf_counter()
-    found = _Checker(subject).find()
-    found = replace(found, seconds=time.perf_counter() - began)
+    checker = _Checker(subject)
+    found = checker.find()
+    found = replace(found, seconds=time.perf_counter() - began, row_values=checker.row_values())
     subject.use(found)
     return found
 
@@ -139,12 +147,21 @@ class _Checker:
         pairs = subject.kind == "reranker"
         longest = probes.longest_wanted(subject.encoder_module, subject.max_length, device)
         values = probes.probe_inputs(subject.tokenizer, pairs=pairs, longest=longest)
-        model = probes.reference_model(subject.run)
+        model = probes.reference_model(subject.own)
         self.plain = probes.reference(model, values, BARE)
         company = subject.company([probe.value for probe in self.plain], BARE)
         self.in_company = [probe for probe, may in zip(self.plain, company, strict=True) if may]
         few = values[1:2] + values[-2:-1]  # of two lengths
         self.others = [probes.reference(model, few, call) for call in probes.calls(model, pairs)]
+
+    def row_values(self) -> int:
+        """See :class:`SelfCheck`."""
+        if self.subject.kind != "sparse":
+            return 0
+        counts = [
+            int(probe.row.count_nonzero()) for probe in (*self.plain, *(one for some in self.others for one in some))
+        ]
+        return -(-sum(counts) // max(len(counts), 1))
 
     def find(self) -> SelfCheck:
         if not self.plain and any(self.others):  # a Router without a default route
@@ -184,7 +201,8 @@ class _Checker:
         def compare(head: str) -> Callable[[], float]:
             return lambda: self._against(some, self.subject.rows_by(head))
 
-        return next((head for head in HEADS[1:] if self._try(compare(head), self.allowed)[0]), HEADS[0])
+        heads = [head for head in HEADS[1:] if head != "flat" or self.subject.can_flat]
+        return next((head for head in heads if self._try(compare(head), self.allowed)[0]), HEADS[0])
 
     def _careful(self, quick: SelfCheck) -> SelfCheck:
         """Padded by the model's own code; one at a time; the model's own methods: the first that is right."""
@@ -234,10 +252,11 @@ class _Checker:
     def _rows(self, wanted: Sequence[Probe]) -> float:
         return self._against(wanted, self.subject.rows_of([probe.value for probe in wanted], wanted[0].call))
 
-    def _against(self, wanted: Sequence[Probe], rows: Tensor) -> float:
-        if rows.shape != (len(wanted), *wanted[0].row.shape):
+    def _against(self, wanted: Sequence[Probe], rows: Any) -> float:
+        found = each(rows)
+        if [row.shape for row in found] != [probe.row.shape for probe in wanted]:
             raise NotImplementedError("there is not one row per input")
-        return _largest([(row, probe.row) for row, probe in zip(rows, wanted, strict=True)], scores=True)
+        return _largest([(row, probe.row) for row, probe in zip(found, wanted, strict=True)], scores=True)
 
 
 def _worst(*differences: float) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 from memsafe.config import format_bytes
 from memsafe.errors import ModelError, ModelNotFoundError, ModelTooLargeError
 from memsafe.models import folder as files
+from memsafe.models import m3
 
 __all__ = ["Checkpoint", "check_fits", "check_hub", "damaged", "given_too_large", "inspect", "too_large"]
 
@@ -37,7 +38,7 @@ _DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder as found on disk. elements: parameters by safetensors dtype; kind: "embedding", "reranker" or None."""
+    """A model folder as found on disk. elements: parameters by safetensors dtype; kind: of `_KINDS`, or None."""
 
     folder: Path
     kind: str | None
@@ -111,17 +112,25 @@ def inspect(
             checkpoint = _read(cached, backend, cache_folder)
         except ModelNotFoundError:  # a part of it: upstream fetches the rest, or says why it cannot
             return None
-    if checkpoint.kind is not None and checkpoint.kind != kind:
-        _tell_other_kind(model, kind)
+    of_all = kind in m3.KINDS and m3.has_heads(checkpoint.folder)
+    if checkpoint.kind is not None and checkpoint.kind != kind and not of_all:
+        warnings.warn(f"model: {model} was saved as {_SAVED_AS[checkpoint.kind]}; {_MADE_OF_IT[kind]}", stacklevel=4)
     return checkpoint
 
 
-def _tell_other_kind(model: str, kind: str) -> None:
-    if kind == "embedding":
-        what = "a cross-encoder; SentenceTransformer takes its encoder and averages hidden states that nobody trained for it"
-    else:
-        what = "an embedding model; CrossEncoder puts a new head on it, whose scores are random until it is trained"
-    warnings.warn(f"model: {model} was saved as {what}", stacklevel=5)
+_SAVED_AS = {
+    "embedding": "an embedding model",
+    "reranker": "a cross-encoder",
+    "sparse": "a sparse encoder",
+    "multi_vector": "a late-interaction model",
+}
+_MADE_OF_IT = {
+    "embedding": "SentenceTransformer takes its encoder and averages hidden states that nobody trained for it",
+    "reranker": "CrossEncoder puts a new head on it, whose scores are random until it is trained",
+    "sparse": "SparseEncoder takes its encoder, and what it puts behind that nobody has trained",
+    "multi_vector": "MultiVectorEncoder puts a new projection on it, whose vectors are random until it is trained",
+    "hybrid": "it has no heads for words and tokens",
+}
 
 
 def check_hub(model: str, *, revision: str | None = None, cache_folder: str | None = None, token: Any = None) -> None:
@@ -300,12 +309,22 @@ def _base(adapter: Mapping[str, Any], cache_folder: str | None) -> Checkpoint | 
         return None
 
 
+_KINDS = {
+    "SentenceTransformer": "embedding",
+    "CrossEncoder": "reranker",
+    "SparseEncoder": "sparse",
+    "MultiVectorEncoder": "multi_vector",
+    "ColBERT": "multi_vector",  # PyLate's
+}
+
+
 def _kind(folder: Path, config: Any, modules: Any) -> str | None:
     saved = (files.read(folder / "config_sentence_transformers.json", dict) or {}).get("model_type")
-    if saved in ("SentenceTransformer", "CrossEncoder"):
-        return "embedding" if saved == "SentenceTransformer" else "reranker"
+    if isinstance(saved, str) and saved in _KINDS:
+        return _KINDS[saved]
     if modules is not None:
-        return "embedding"
+        types = [str(each.get("type")) for each in modules if isinstance(each, dict)]
+        return "sparse" if any("sparse_encoder" in name for name in types) else "embedding"
     architectures = (config or {}).get("architectures")
     names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
     if any(name.endswith("ForSequenceClassification") for name in names):

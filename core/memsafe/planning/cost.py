@@ -249,7 +249,7 @@ class CostModel:
         c = self._c
         known = self.prior.per_position_bytes * shape.longest
         learnt = known + c[0] + c[1] * shape.tokens + c[2] * shape.sequences + c[3] * shape.squares
-        return max(learnt, self.prior.attention_bytes(shape))
+        return max(learnt, self.prior.attention_bytes(shape), self.prior.head_bytes(shape))
 
     def _upper(self, shape: BatchShape) -> float:
         predicted = self._predict(shape)

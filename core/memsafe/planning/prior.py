@@ -11,6 +11,8 @@ __all__ = ["CostPrior"]
 
 _NEAR = 0.02
 """Formulas of the attention step met measured peaks within 1.4 %."""
+_NEAR_HEAD = 0.1
+"""How many numbers a sparse row has differs from text to text."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,9 @@ class CostPrior:
     per_position_bytes: per token of the longest sequence, shared by all sequences of a padded batch; taken as it is and not
     learnt. attention_token_bytes, masked_square_bytes, score_square_bytes: the attention step, where it may need more than
     every other: for its mask over all pairs of tokens, or for the scores of one sequence of up to `score_limit` tokens.
-    Taken as they are too.
+    Taken as they are too, like those of the step behind the encoder, where rows are made tile by tile (models/late.py):
+    head_token_bytes for each token, head_tile_bytes and head_sequence_bytes for each token and each sequence of one tile, of
+    at most `head_tile_tokens` tokens, and head_row_bytes for each row that is made.
     """
 
     fixed_bytes: float
@@ -32,6 +36,11 @@ class CostPrior:
     masked_square_bytes: float = 0.0
     score_square_bytes: float = 0.0
     score_limit: int = 0
+    head_token_bytes: float = 0.0
+    head_tile_bytes: float = 0.0
+    head_sequence_bytes: float = 0.0
+    head_row_bytes: float = 0.0
+    head_tile_tokens: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -107,14 +116,26 @@ class CostPrior:
 
     def bytes(self, shape: BatchShape) -> float:
         """What `shape` needs: the dearer one of its steps."""
-        return max(self.linear_bytes(shape), self.attention_bytes(shape))
+        return max(self.linear_bytes(shape), self.attention_bytes(shape), self.head_bytes(shape))
 
     def attention_bytes(self, shape: BatchShape) -> float:
         """What the attention step of `shape` needs, masks or scores included."""
         return self.attention_token_bytes * shape.tokens + self._quadratic_bytes(shape)
 
+    def head_bytes(self, shape: BatchShape) -> float:
+        """What the step behind the encoder needs for `shape`, where rows are made tile by tile; else 0."""
+        if not self.head_tile_tokens:
+            return 0.0
+        tokens = min(shape.tokens, self.head_tile_tokens)
+        sequences = math.ceil(shape.sequences * tokens / max(shape.tokens, 1))
+        tile = self.head_tile_bytes * tokens + self.head_sequence_bytes * sequences
+        return self.head_token_bytes * shape.tokens + self.head_row_bytes * shape.sequences + tile
+
     def explains(self, shape: BatchShape, live_bytes: int) -> bool:
-        """Whether a measured peak was that of the attention step, for the sake of masks or scores."""
+        """Whether a measured peak was that of the attention step, for the sake of masks or scores; or of rows in tiles."""
+        head = self.head_bytes(shape)
+        if head and abs(head - live_bytes) < _NEAR_HEAD * live_bytes:
+            return True
         near = abs(self.attention_bytes(shape) - live_bytes) < _NEAR * live_bytes
         return near and self._quadratic_bytes(shape) > _NEAR * live_bytes
 
