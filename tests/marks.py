@@ -272,6 +272,7 @@ TWICE = {
     "contracts/test_examples.py::test_demo_reranker_ranks_better_than_chance": "core/test_reranker.py::test_real_model",
     "hostile/test_jobs.py::test_a_job_that_kills_cross_encoder_finishes_with_equal_scores": "hostile/test_jobs.py::test_embedder_and_reranker_share_one_limit",
     "hostile/test_leaks.py::test_a_thousand_calls_leave_nothing_behind": "hostile/test_leaks.py::test_a_thousand_failures_leave_nothing_on_a_device",
+    "engine/test_unloading.py::test_other_outputs_leave_and_come_back_too": "engine/test_unloading.py::test_the_process_shrinks_on_a_cpu",
     "contracts/test_site.py::test_the_site_builds_strictly": "contracts/test_documents.py::test_commands_and_links_exist",
     "corpus/test_crashes.py::test_killed_at_fifty_random_moments": "corpus/test_crashes.py::test_killed_at_a_random_moment",
     "corpus/test_flat.py::test_a_million_texts_take_the_memory_of_a_hundred_thousand": "corpus/test_flat.py::test_twenty_times_the_texts_take_the_same_memory",
