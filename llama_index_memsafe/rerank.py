@@ -233,7 +233,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
 
     def _options(self) -> dict[str, Any]:
         """Someone waits for a ranking: it goes before bulk work; its figures go into the span."""
-        options = {"urgent": True, "on_report": tell}
+        options: dict[str, Any] = {"urgent": True, "on_report": tell}
         return options if self.instruction is None else {**options, "prompt": self.instruction}
 
     def _begin(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> str:

@@ -274,6 +274,7 @@ TWICE = {
     "concurrency/test_processes.py::test_what_is_being_closed_at_the_very_end_is_closed_before_the_interpreter_goes": "concurrency/test_processes.py::test_the_interpreter_exits_promptly",
     "contracts/test_examples.py::test_big_corpus": "corpus/test_crashes.py::test_killed_at_a_random_moment",
     "corpus/test_crashes.py::test_killed_at_every_step_to_the_disk": "corpus/test_crashes.py::test_killed_at_a_random_moment",
+    "engine/test_unloading.py::test_other_outputs_leave_and_come_back_too": "engine/test_unloading.py::test_the_process_shrinks_on_a_cpu",
     "contracts/test_site.py::test_the_site_builds_strictly": "contracts/test_documents.py::test_commands_and_links_exist",
     "corpus/test_crashes.py::test_killed_at_fifty_random_moments": "corpus/test_crashes.py::test_killed_at_a_random_moment",
     "corpus/test_flat.py::test_a_million_texts_take_the_memory_of_a_hundred_thousand": "corpus/test_flat.py::test_twenty_times_the_texts_take_the_same_memory",
