@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import os
 import threading
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from typing_extensions import Self
 
-from memsafe import MemoryPolicy
+from memsafe import MemoryPolicy, in_thread
 
 
 def is_overridden(instance: object, sync: Callable[..., Any], name: str) -> bool:
@@ -48,7 +47,7 @@ class SharedCore:
         """As :meth:`get`, without blocking the event loop while a model is loaded."""
         if self._core is not None and self._pid == os.getpid():
             return self._core
-        return await asyncio.to_thread(self.get, build)
+        return await in_thread(self.get, build)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedCore:
         return self

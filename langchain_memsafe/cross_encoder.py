@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import sys
 from abc import ABC, abstractmethod
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from langchain_memsafe._callbacks import Reports
 from langchain_memsafe._core import is_overridden
 from langchain_memsafe._reranking import RerankerModel, relevance
+from memsafe import in_thread
 
 if TYPE_CHECKING:
     from langchain_core.cross_encoders import BaseCrossEncoder
@@ -82,7 +82,7 @@ class MemsafeCrossEncoder(RerankerModel, BaseCrossEncoder):
     async def ascore(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """As :meth:`score`; the event loop stays free, and cancelling the task cancels the work."""
         if is_overridden(self, _score, "score"):
-            return await asyncio.to_thread(self.score, text_pairs)
+            return await in_thread(self.score, text_pairs)
         reranker = await self._shared.aget(self._build)
         reports = Reports()
         scores = await reranker.ascore_pairs(text_pairs, **self._options(reranker), on_report=reports)

@@ -13,6 +13,7 @@ from pydantic import Field
 from langchain_memsafe._callbacks import Reports
 from langchain_memsafe._core import CoreModel, is_overridden
 from langchain_memsafe._options import all_devices, chosen_device, encode_options, load_options
+from memsafe import in_thread
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,7 +133,7 @@ class MemsafeEmbeddings(CoreModel, Embeddings):
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """As :meth:`embed_documents`; the event loop stays free, and cancelling the task cancels the work."""
         if is_overridden(self, _embed_documents, "embed_documents"):
-            return await asyncio.to_thread(self.embed_documents, texts)
+            return await in_thread(self.embed_documents, texts)
         embedder = await self._shared.aget(self._build)
         run, reports = await embedder.arun(_one_line(texts), **self._options(self.encode_kwargs)), Reports()
         reports(run.report)
@@ -142,7 +143,7 @@ class MemsafeEmbeddings(CoreModel, Embeddings):
     async def aembed_query(self, text: str) -> list[float]:
         """As :meth:`embed_query`; the event loop stays free, and cancelling the task cancels the work."""
         if is_overridden(self, _embed_query, "embed_query"):
-            return await asyncio.to_thread(self.embed_query, text)
+            return await in_thread(self.embed_query, text)
         embedder = await self._shared.aget(self._build)
         run, reports = await embedder.arun(_one_line([text]), **self._query_options(embedder)), Reports()
         reports(run.report)

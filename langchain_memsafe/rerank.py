@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +12,7 @@ from pydantic import Field
 from langchain_memsafe._callbacks import Reports
 from langchain_memsafe._core import is_overridden
 from langchain_memsafe._reranking import RerankerModel, relevance
-from memsafe import ConfigError, InputError
+from memsafe import ConfigError, InputError, in_thread
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import Callbacks
@@ -80,7 +78,7 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
     ) -> Sequence[Document]:
         """As :meth:`compress_documents`; the event loop stays free, and cancelling the task cancels the work."""
         if is_overridden(self, _compress_documents, "compress_documents"):
-            return await asyncio.to_thread(self.compress_documents, documents, query, callbacks)
+            return await in_thread(self.compress_documents, documents, query, callbacks)
         documents, texts = _checked(documents, Document)
         if not texts:
             return []
@@ -115,7 +113,7 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
     ) -> list[dict[str, Any]]:
         """As :meth:`rerank`; the event loop stays free, and cancelling the task cancels the work."""
         if is_overridden(self, _rerank, "rerank"):
-            return await asyncio.to_thread(partial(self.rerank, documents, query, top_n=top_n))
+            return await in_thread(self.rerank, documents, query, top_n=top_n)
         kept = self._num_kept(self.top_n if top_n == -1 else top_n)
         documents, texts = _checked(documents, (str, Document))
         if not texts:

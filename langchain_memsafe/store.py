@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from langchain_core.stores import ByteStore
@@ -12,6 +13,8 @@ from langchain_memsafe.embeddings import MemsafeEmbeddings
 from memsafe import CacheFile, ConfigError
 
 __all__ = ["MemsafeByteStore"]
+
+_KEYS_AT_ONCE = 500
 
 
 class MemsafeByteStore(ByteStore):
@@ -57,3 +60,24 @@ class MemsafeByteStore(ByteStore):
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
         """All keys that begin with `prefix`."""
         return (key for key, _ in self._file.items(prefix or ""))
+
+    # in threads of the file's own, so that the event loop stays free while the disk is waited for
+
+    async def amget(self, keys: Sequence[str]) -> list[bytes | None]:
+        """:meth:`mget` for asyncio."""
+        return await self._file.in_thread(self.mget, keys)
+
+    async def amset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
+        """:meth:`mset` for asyncio."""
+        await self._file.in_thread(self.mset, key_value_pairs)
+
+    async def amdelete(self, keys: Sequence[str]) -> None:
+        """:meth:`mdelete` for asyncio."""
+        await self._file.in_thread(self.mdelete, keys)
+
+    async def ayield_keys(self, *, prefix: str | None = None) -> AsyncIterator[str]:
+        """:meth:`yield_keys` for asyncio."""
+        keys = iter(self.yield_keys(prefix=prefix))
+        while some := await self._file.in_thread(lambda: list(islice(keys, _KEYS_AT_ONCE))):
+            for key in some:
+                yield key

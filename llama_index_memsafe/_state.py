@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import inspect
 import logging
@@ -14,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic_core import PydanticUndefined
 
-from memsafe import ConfigError
+from memsafe import ConfigError, in_thread
 
 __all__ = ["CoreHolder", "Reloadable", "is_overridden"]
 
@@ -61,7 +60,7 @@ class CoreHolder(Generic[Core]):
 
     async def aget(self) -> Core:
         """As :meth:`get`; loading happens in a thread, so that the event loop stays free."""
-        return self.get() if self.loaded else await asyncio.to_thread(self.get)
+        return self.get() if self.loaded else await in_thread(self.get)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CoreHolder[Core]:
         return CoreHolder(self.build, dict(self.settings))

@@ -26,7 +26,7 @@ from llama_index_memsafe._events import (
 from llama_index_memsafe._instructions import DEFAULT_MODEL, QUERY_INSTRUCTIONS, TEXT_INSTRUCTIONS
 from llama_index_memsafe._reports import collected, tell
 from llama_index_memsafe._state import CoreHolder, Reloadable, is_overridden
-from memsafe import ConfigError, Embedder, EventHook, InputError, InputTooLargeError, MemoryPolicy
+from memsafe import ConfigError, Embedder, EventHook, InputError, InputTooLargeError, MemoryPolicy, in_thread
 
 __all__ = ["MemsafeEmbedding"]
 
@@ -282,17 +282,17 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
         if is_overridden(self, _OURS, "_embed", "_get_query_embedding"):
-            return await asyncio.to_thread(self._get_query_embedding, query)
+            return await in_thread(self._get_query_embedding, query)
         return (await self._aembed([query], prompt_name="query"))[0]
 
     async def _aget_text_embedding(self, text: str) -> Embedding:
         if is_overridden(self, _OURS, "_embed", "_get_text_embedding"):
-            return await asyncio.to_thread(self._get_text_embedding, text)
+            return await in_thread(self._get_text_embedding, text)
         return (await self._aembed([text], prompt_name="text"))[0]
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         if is_overridden(self, _OURS, "_embed", "_get_text_embeddings"):
-            return await asyncio.to_thread(self._get_text_embeddings, texts)
+            return await in_thread(self._get_text_embeddings, texts)
         return await self._aembed(texts, prompt_name="text")
 
     def get_text_embedding_batch(self, texts: list[str], show_progress: bool = False, **kwargs: Any) -> list[Embedding]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from typing import Any
@@ -75,7 +74,7 @@ class MemsafeKVStore(BaseKVStore):
 
     async def aput(self, key: str, val: dict[str, Any], collection: str = DEFAULT_COLLECTION) -> None:
         """:meth:`put` for asyncio."""
-        await asyncio.to_thread(self.put, key, val, collection)
+        await self._file(collection).in_thread(self.put, key, val, collection)
 
     async def aput_all(
         self,
@@ -84,16 +83,16 @@ class MemsafeKVStore(BaseKVStore):
         batch_size: int = DEFAULT_BATCH_SIZE,
     ) -> None:
         """:meth:`put_all` for asyncio."""
-        await asyncio.to_thread(self.put_all, kv_pairs, collection)
+        await self._file(collection).in_thread(self.put_all, kv_pairs, collection)
 
     async def aget(self, key: str, collection: str = DEFAULT_COLLECTION) -> dict[str, Any] | None:
         """:meth:`get` for asyncio."""
-        return await asyncio.to_thread(self.get, key, collection)
+        return await self._file(collection).in_thread(self.get, key, collection)
 
     async def aget_all(self, collection: str = DEFAULT_COLLECTION) -> dict[str, dict[str, Any]]:
         """:meth:`get_all` for asyncio."""
-        return await asyncio.to_thread(self.get_all, collection)
+        return await self._file(collection).in_thread(self.get_all, collection)
 
     async def adelete(self, key: str, collection: str = DEFAULT_COLLECTION) -> bool:
         """:meth:`delete` for asyncio."""
-        return await asyncio.to_thread(self.delete, key, collection)
+        return await self._file(collection).in_thread(self.delete, key, collection)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from llama_index.core.utils import infer_torch_device
 from llama_index_memsafe._devices import device_list
 from llama_index_memsafe._reports import collected, tags, tell
 from llama_index_memsafe._state import CoreHolder, Reloadable, is_overridden
-from memsafe import ConfigError, EventHook, MemoryPolicy, RankedDocument, Reranker
+from memsafe import ConfigError, EventHook, MemoryPolicy, RankedDocument, Reranker, in_thread
 
 __all__ = ["MemsafeRerank"]
 
@@ -220,7 +219,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         """As the synchronous method; the core waits, the event loop does not."""
         if is_overridden(self, _OURS, "_postprocess_nodes"):
-            return await asyncio.to_thread(self._postprocess_nodes, nodes, query_bundle)
+            return await in_thread(self._postprocess_nodes, nodes, query_bundle)
         query = self._begin(nodes, query_bundle)
         if not nodes:
             return []

@@ -77,6 +77,13 @@ _OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"qk_rope_head_dim": 8},
     "deepseek_v3": {"qk_rope_head_dim": 8},
     "modernbert": {"global_attn_every_n_layers": 2},
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    },
     "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_head": 8, "d_inner": 64},
     "xlnet": {"d_inner": 64, "d_head": 8},
     "mobilebert": {"intra_bottleneck_size": 16, "true_hidden_size": 16},
@@ -218,8 +225,7 @@ _TAIL = """
 - *Eager attention* (BLOOM, Gemma 2, GPT-OSS, XLNet, Longformer, ...): biases, caps or sinks inside the scores that transformers'
   own sdpa path cannot express either; each would need a description in `attention/regrouped.py`, if its attention mixes no
   further tokens.
-- *Packed rows differ*: tokens are mixed beside attention (MobileBERT's trigrams, the state-space layers of Falcon-H1, Zaya, Nemotron-H),
-  or token types that the tokenizer gives do not reach single texts (GPT-2, CTRL, GPT-BigCode).
+- *Packed rows differ*: tokens are mixed beside attention (MobileBERT's trigrams, the state-space layers of Falcon-H1, Zaya, Nemotron-H).
 - *Rows depend on what runs together*: BART's and FSMT's classifiers and decoders look for end and padding tokens in the whole batch,
   FNet and ConvBERT mix padding in. No packing helps; the model's own code runs on one text at a time.
 """

@@ -38,6 +38,7 @@ from memsafe.events import Event, EventHook, RunReport
 
 if TYPE_CHECKING:
     from memsafe.advice import Advice, advise
+    from memsafe.calls import in_thread as in_thread
     from memsafe.corpus import CorpusProgress, CorpusReport, Neighbours, Store, embed_corpus, open_store
     from memsafe.embedder import Embedder, EmbeddingRun
     from memsafe.handle import EmbedBatches, embed_ray_dataset
@@ -105,6 +106,7 @@ _LATER |= {"Advice": "advice", "advise": "advice"}
 _LATER |= dict.fromkeys(
     ("CorpusProgress", "CorpusReport", "Neighbours", "Store", "embed_corpus", "open_store"), "corpus"
 )
+_LATER |= {"in_thread": "calls"}  # no public name: for the adapters, which come in by this door only
 _LATER |= {"CacheFile": "stores.cache", "EmbedBatches": "handle", "embed_ray_dataset": "handle"}
 _LATER |= {"Recording": "recording"}
 _LATER |= {"RankedDocument": "reranker", "RerankRun": "reranker", "Reranker": "reranker"}

@@ -489,6 +489,7 @@ def test_a_model_without_a_limit(tmp_path: Any) -> None:
     from tests.tiny_models import minilm_folder, st_modules
 
     tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
+    tokenizer.no_truncation()
     folder = str(tmp_path / "static")
     SentenceTransformer(modules=[st_modules().StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu").save(folder)
     model = MemsafeEmbedding(folder, device="cpu")

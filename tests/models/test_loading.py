@@ -246,6 +246,16 @@ def test_a_model_that_is_handed_in_stays_as_it_was(tmp_path: Path, architecture:
     assert settings_of(theirs) == before
 
 
+def test_a_model_that_is_handed_in_still_encodes_in_processes(tmp_path: Path) -> None:
+    """encode(device=[...]) on the user's own object, while we use it: his rows, from processes that know nothing of us."""
+    theirs = SentenceTransformer(str(models.save_embedder(tmp_path)), device="cpu")
+    wanted = theirs.encode(TEXTS)
+    with Embedder(theirs, device="cpu", memory=QUIET) as ours:
+        ours.embed_documents(TEXTS[:3])
+        np.testing.assert_allclose(theirs.encode(TEXTS, device=["cpu"]), wanted, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(ours.embed_documents(TEXTS[:3]), wanted[:3], rtol=0, atol=1e-5)
+
+
 def test_kept_costs_follow_todays_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measurements of another day are used, the formula that was kept with them is not; and other versions of the software,
     whose kernels may need other memory, have costs of their own."""

@@ -14,6 +14,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from torch import Tensor, nn
 
 from memsafe import Embedder, Reranker
+from memsafe.models.checkstore import check_key
 from memsafe.models.private import length_switch
 from memsafe.models.probes import BARE
 from tests import tiny_models as models
@@ -230,6 +231,31 @@ def test_a_remembered_check_is_of_this_very_model(tmp_path: Path, monkeypatch: p
     os.utime(pooling, ns=(kept[pooling].st_atime_ns, kept[pooling].st_mtime_ns))
     with Embedder(str(folder), device="cpu") as second:
         assert_close(second.embed_documents(texts), own_rows(SentenceTransformer(str(folder), device="cpu"), texts))
+
+
+def test_checks_of_anything_else_are_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library's next version, other files (the tokenizer's, remote code's), another card or load option, another setting of a
+    module: each is checked anew."""
+    model = SentenceTransformer(str(models.save_embedder(tmp_path)), device="cpu")
+    given: dict[str, Any] = {"spec": {"model": "m", "options": {}}, "revision": "1", "card": "cpu", "tokens": "fast"}
+
+    def key(**changed: Any) -> str:
+        return check_key(model=model, tokenizer=model.tokenizer, **{**given, **changed})
+
+    keys = [key(), key(revision="2"), key(card="NVIDIA T4"), key(tokens="opaque")]
+    keys.append(key(spec={"model": "m", "options": {"model_kwargs": {"attn_implementation": "eager"}}}))
+    for package in ("memsafe", "sentence_transformers", "tokenizers", "torch", "transformers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{package}.__version__", "99.0.0")
+            keys.append(key())
+    assert key() == keys[0]
+    model[0].auto_model.config.layer_norm_eps = 1e-3
+    keys.append(key())
+    model[1].include_prompt = False
+    keys.append(key())
+    model[0].auto_model.encoder.layer[0].intermediate.intermediate_act_fn = nn.Tanh()
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
 
 
 @models.needs_interface

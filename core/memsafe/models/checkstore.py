@@ -107,6 +107,6 @@ def _believed(state: dict[str, Any]) -> SelfCheck:
         raise ValueError("a head that this check cannot have found")
     if check.in_place_ok and not (check.packed_ok or check.small_mask_ok):
         raise ValueError("working in place is right for no path")
-    if (check.alone and (check.packed_ok or check.small_mask_ok)) or (check.own and not check.alone):
+    if (check.alone and (check.packed_ok or check.small_mask_ok)) or check.own > check.alone or check.cut > check.own:
         raise ValueError("inputs run alone, or together, not both")
     return replace(check, max_difference=math.inf) if infinite else check

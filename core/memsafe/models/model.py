@@ -19,7 +19,7 @@ from memsafe.machine.device import Device, open_device
 from memsafe.machine.refusals import is_out_of_memory
 from memsafe.models import checkstore, fallbacks, late, sbert, segments, weights
 from memsafe.models.identity import content_digest
-from memsafe.models.priors import prior_of, tiled
+from memsafe.models.priors import prior_of, tiled, tokenwise_prior
 from memsafe.models.private import private_copy
 from memsafe.models.routes import Routes, Solo, rows_of_features
 from memsafe.models.selfcheck import SelfCheck, run_self_check
@@ -136,6 +136,10 @@ class LoadedModel:
     def architecture(self) -> Architecture:
         return Architecture.of(self.config, self.weights_bytes)
 
+    @cached_property
+    def _tokenwise(self) -> bool:
+        return self.hf is None and sbert.is_tokenwise(self.routes.run)
+
     @property
     def attention(self) -> str:
         return str(getattr(self.config, "_attn_implementation", None) or "none")
@@ -154,6 +158,8 @@ class LoadedModel:
 
     def cost_prior(self) -> CostPrior:
         """What a forward takes, before anything is measured."""
+        if self._tokenwise:
+            return tokenwise_prior(self.architecture, self.dtype)
         prior = prior_of(
             self.architecture,
             self.config,

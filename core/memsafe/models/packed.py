@@ -72,9 +72,11 @@ class PackedModel:
     hf_model: the transformers model with its head; `interface.install` or `regrouped.install` was called on it.
     encoder: the part of it that turns tokens into hidden states.
     head: how what stands behind the encoder is run; one of :data:`heads.HEADS`, all but the first only after a self-check.
+    typed: whether the encoder is given token types, be they zeros: GPT-2 and its kin, which have no table of their own for them,
+    add them from that of tokens.
     """
 
-    def __init__(self, model: nn.Module, head: str = "groups") -> None:
+    def __init__(self, model: nn.Module, head: str = "groups", typed: bool = False) -> None:
         if head not in HEADS:
             raise ValueError(f"head: got {head!r}; choose from {HEADS}")
         self.head = head
@@ -95,7 +97,7 @@ class PackedModel:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self._pad_id = getattr(text, "pad_token_id", None)
         tables = (getattr(module, "token_type_embeddings", None) for module in self.encoder.modules())
-        self._has_token_types = any(isinstance(table, nn.Embedding) for table in tables)
+        self._has_token_types = typed or any(isinstance(table, nn.Embedding) for table in tables)
         # sentence-transformers up to 5.3 hands the transformers model's own keyword arguments to a CrossEncoder.
         self._features_as_dict = not (
             hasattr(model, "predict")

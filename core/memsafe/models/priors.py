@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from memsafe.attention import grouped, kernels
+from memsafe.models.content import BYTES_PER_CHAR
 from memsafe.models.late import Tiles
+from memsafe.models.ways import CHARS_PER_TOKEN
 from memsafe.planning.architecture import Architecture
 from memsafe.planning.cost import CostPrior
 
-__all__ = ["prior_of", "tiled"]
+__all__ = ["prior_of", "tiled", "tokenwise_prior"]
 
 
 def prior_of(
@@ -82,6 +84,12 @@ def tiled(prior: CostPrior, shape: Architecture, tiles: Tiles, row_values: int) 
         head_row_bytes=2.0 * row_values * (4 + tiles.size),
         head_tile_tokens=tiles.tokens,
     )
+
+
+def tokenwise_prior(shape: Architecture, dtype: torch.dtype) -> CostPrior:
+    """Of a model without attention whose texts are tokenised in its forward: what that takes is most of it."""
+    per_token = CHARS_PER_TOKEN * BYTES_PER_CHAR + 8 * shape.hidden_size * dtype.itemsize
+    return CostPrior(64 * 1024.0, per_token, shape.hidden_size * (dtype.itemsize + 4) + 64.0, 0.0)
 
 
 def _number(config: Any, name: str) -> int:

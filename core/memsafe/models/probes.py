@@ -22,10 +22,12 @@ __all__ = [
     "Probe",
     "budget_tokens",
     "calls",
+    "is_large",
     "longest_wanted",
     "probe_inputs",
     "reference",
     "reference_model",
+    "telling",
 ]
 
 OPERATIONS = 2.3e11
@@ -33,6 +35,8 @@ OPERATIONS = 2.3e11
 _PASSES = 3
 """The model's own forwards, packed ones, and the way that was found, once more from the texts on."""
 _LONG_TOKENS = 90
+_FEW_TOKENS = 300
+"""A budget that models of 130 million parameters and more, without their vocabulary, stay below."""
 _WORDS = "the river runs past nine old mills and one red bridge before it meets a wide grey sea".split()
 
 
@@ -73,6 +77,11 @@ def budget_tokens(encoder: nn.Module | None, device: torch.device) -> int:
     embeddings = encoder.get_input_embeddings().weight.numel()  # type: ignore[operator]
     parameters = max(1, sum(parameter.numel() for parameter in encoder.parameters()) - embeddings)
     return int(OPERATIONS / (2 * parameters * _PASSES))
+
+
+def is_large(encoder: nn.Module | None, device: torch.device) -> bool:
+    """Whether a forward of `encoder` takes long, however short its input: reading so many weights does."""
+    return budget_tokens(encoder, device) < _FEW_TOKENS
 
 
 def longest_wanted(encoder: nn.Module | None, limit: int | None, device: torch.device) -> int:
@@ -125,6 +134,43 @@ def calls(model: Any, pairs: bool) -> list[Call]:
         *(Call(prompt_name=name) for name in list(named.values())[:8]),
         *(Call(task=name) for name in tasks[:8]),
     ]
+
+
+def telling(model: Any, values: Sequence[Any], found: Sequence[Call]) -> list[Call]:
+    """Those of `found` that may give `values` other rows than the bare call and those before: all, but for calls of which
+    sentence-transformers' own methods make the same features, and which no forward is told of."""
+    if sbert.has_own_methods(model):
+        return list(found)
+    seen, kept = [_features(model, values, BARE)], []
+    for call in found:
+        features = _features(model, values, call)
+        if features is None or not any(_equal(features, each) for each in seen if each is not None):
+            kept.append(call)
+            seen.append(features)
+    return kept
+
+
+def _features(model: Any, values: Sequence[Any], call: Call) -> dict[str, Any] | None:
+    """What the model's forward gets of a call; None if that cannot be known."""
+    options = {"task": call.kind, **call.options} if call.kind else call.options
+    if sbert.forward_options(model, options):
+        return None
+    try:
+        return sbert.preprocess(
+            model, values, sbert.resolve_prompt(model, call.prompt, call.prompt_name, call.kind), options
+        )
+    except Exception:  # whatever it raises for a call that it does not know: `reference` finds out
+        return None
+
+
+def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return isinstance(one, (str, int, float, type(None))) and type(one) is type(other) and one == other
 
 
 def reference(model: Any, values: Sequence[Any], call: Call) -> list[Probe]:

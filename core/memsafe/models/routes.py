@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from memsafe.attention import interface, regrouped
 from memsafe.models import collate, fuse, late, sbert, segments
+from memsafe.models.heads import HEADS
 from memsafe.models.m3 import ends_in_heads
 from memsafe.models.packed import PackedModel
 from memsafe.models.private import ForwardState, length_switch
@@ -115,7 +116,7 @@ class Routes:
         self.uninstall()
         self._state.restore()
         self.check = check
-        self.encoder.use_own(check.own)
+        self.encoder.use_own(check.own, check.cut)
         if check.packed_ok or check.small_mask_ok:
             self._installed = True
             if not interface.install(self.hf):
@@ -123,7 +124,7 @@ class Routes:
             if check.in_place_ok:
                 fuse.install(self.hf)
         if check.packed_ok:
-            self._packed = PackedModel(self.run, head=check.head)
+            self._packed = self._pack_with(check.head)
 
     def uninstall(self) -> None:
         """Leave `run` as a private copy is made."""
@@ -132,6 +133,9 @@ class Routes:
             interface.uninstall(self.hf)
             regrouped.uninstall(self.hf)
         self._installed, self._packed, self._last = False, None, None
+
+    def _pack_with(self, head: str) -> PackedModel:
+        return PackedModel(self.run, head, typed="token_type_ids" in self.encoder.feature_names)
 
     def after_fork(self) -> None:
         """See :meth:`memsafe.models.model.LoadedModel.after_fork`."""
@@ -282,7 +286,7 @@ class Routes:
     def ends_in_padding(self, values: Sequence[Any], call: Call) -> list[bool]:
         """Which of `values` end in a padding token written in them."""
         batch, _ = self.batch_of(values, call)
-        packed = PackedModel(self.run)
+        packed = self._pack_with(HEADS[0])
         return [packed.ends_in_padding(batch.items[place].input_ids) for place in _places(batch)]
 
     def company(self, values: Sequence[Any], call: Call) -> list[bool]:
@@ -309,7 +313,7 @@ class Routes:
         if self._last is None:
             raise NotImplementedError("nothing was packed")
         batch, extras, row, output = self._last
-        rows = PackedModel(self.run, head).rows(output, row, extras, strict=True)
+        rows = self._pack_with(head).rows(output, row, extras, strict=True)
         return segments.pick(late.rows_of_kind(self.kind, rows, self.own), _places(batch))
 
 

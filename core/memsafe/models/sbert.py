@@ -23,6 +23,7 @@ __all__ = [
     "forward",
     "forward_chunks",
     "forward_options",
+    "has_own_methods",
     "has_own_preprocessing",
     "hf_model",
     "hf_tokenizer",
@@ -33,6 +34,7 @@ __all__ = [
     "pooling_modes",
     "preprocess",
     "resolve_prompt",
+    "rust_tokenizer",
     "set_max_length",
     "tasks",
     "with_task",
@@ -40,6 +42,11 @@ __all__ = [
 
 
 _KNOWN = ("sentence_transformers.", "transformers.")
+_TOKENWISE = {
+    "BoW", "CNN", "Dense", "Dropout", "LSTM", "LayerNorm", "Normalize", "Pooling", "SentenceTransformer", "StaticEmbedding",
+    "WordEmbeddings", "WordWeights",
+}  # fmt: skip
+"""Modules of sentence-transformers that hold nothing for pairs of tokens."""
 
 CLASSES = {
     "embedding": ("SentenceTransformer", "Embedder"),
@@ -111,6 +118,15 @@ def hf_tokenizer(model: Any, options: Mapping[str, Any] | None = None) -> Any | 
     return tokenizer if hasattr(tokenizer, "model_max_length") else None
 
 
+def rust_tokenizer(model: Any, options: Mapping[str, Any]) -> Any | None:
+    """The tokenizer of the `tokenizers` library that texts of a call with `options` go to, or None."""
+    tokenizer = hf_tokenizer(model, options)
+    if tokenizer is None and _has_modules(model):  # that of static embeddings
+        tokenizer = getattr(_input_module(model, options), "tokenizer", None)
+    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    return tokenizer if type(tokenizer).__module__.startswith("tokenizers") else None
+
+
 def max_length(model: Any) -> int | None:
     """Tokens after which `model` cuts inputs; None if it takes any length (transformers says 10**30 for "unknown")."""
     tokenizer = hf_tokenizer(model)
@@ -127,7 +143,10 @@ def set_max_length(model: Any, tokens: int) -> None:
         for name in ("processor", "tokenizer"):
             if name in vars(holder):
                 vars(holder)[name] = copy.deepcopy(vars(holder)[name], copied)
-    if hasattr(type(model), "max_seq_length"):
+    rust = rust_tokenizer(model, {})
+    if rust is not None and hf_tokenizer(model) is None:  # static embeddings have no length that could be set
+        rust.enable_truncation(tokens)
+    elif hasattr(type(model), "max_seq_length"):
         model.max_seq_length = tokens
     else:
         model.max_length = tokens
@@ -262,6 +281,24 @@ def has_own_preprocessing(model: Any, options: Mapping[str, Any]) -> bool:
     return False
 
 
+def has_own_methods(model: Any) -> bool:
+    """Whether inputs become rows by code that is not sentence-transformers': ``encode`` and its kin, or ``predict``, replaced
+    on the object or in a class of another library's."""
+    names = ("predict", "forward") if is_reranker(model) else ("encode", "encode_query", "encode_document", "forward")
+    homes = [getattr(inspect.getattr_static(type(model), name, None), "__module__", "") for name in names]
+    return any(name in vars(model) for name in names) or not all(str(home).startswith(_KNOWN) for home in homes)
+
+
+def is_tokenwise(model: Any) -> bool:
+    """Whether nothing in `model` holds numbers for pairs of tokens: static embeddings and their kin, without attention."""
+    for module in model.modules():
+        home, name = type(module).__module__, type(module).__name__
+        torchs = home.startswith("torch.nn.modules.") and not name.startswith(("MultiheadAttention", "Transformer"))
+        if not torchs and not (home.startswith("sentence_transformers.") and name in _TOKENWISE):
+            return False
+    return True
+
+
 def declared_lengths(model: Any, options: Mapping[str, Any]) -> list[int]:
     """Every number of tokens at which something says that inputs are cut; the model's own comes first."""
     module = _input_module(model, options) if _has_modules(model) else model
@@ -269,7 +306,10 @@ def declared_lengths(model: Any, options: Mapping[str, Any]) -> list[int]:
     given = options.get("processing_kwargs") or {}
     found = [getattr(model, "max_seq_length" if _has_modules(model) else "max_length", None), options.get("max_length")]
     found += [getattr(module, name, None) for name in ("max_seq_length", "query_length", "document_length")]
-    found += [getattr(getattr(module, "tokenizer", None), "model_max_length", None)]
+    tokenizer = getattr(module, "tokenizer", None)
+    found += [getattr(tokenizer, "model_max_length", None)]
+    truncation = getattr(tokenizer, "truncation", None)  # saved with a tokenizer of the `tokenizers` library
+    found += [truncation.get("max_length")] if isinstance(truncation, Mapping) else []
     found += [kwargs.get("max_length") for kwargs in (*saved.values(), *given.values()) if isinstance(kwargs, Mapping)]
     # transformers says 10**30 for "unknown", static embeddings infinity
     return [int(length) for length in found if isinstance(length, (int, float)) and 0 < length < 10**9]

@@ -20,6 +20,7 @@ from memsafe.machine.refusals import is_out_of_memory
 from memsafe.models import probes
 from memsafe.models.heads import HEADS
 from memsafe.models.probes import BARE, Call, Probe
+from memsafe.models.samples import long_samples
 from memsafe.models.segments import each
 
 __all__ = ["SelfCheck", "Subject", "run_self_check", "tolerance"]
@@ -32,8 +33,9 @@ class SelfCheck:
     packed_ok: packed forwards. small_mask_ok: the small mask of padded ones. reason: why not packed. max_difference: of
     rows and of packed hidden states, relative to the norm of the model's own. in_place_ok: `fuse.install`. head: for
     `PackedModel`, one of `heads.HEADS`. alone: one input at a time, since rows depend on what runs together. own: not
-    even tokens are taken from us: the model's own ``encode`` or ``predict`` makes each row. row_values: numbers other than zero
-    in a sparse row, on average.
+    even tokens are taken from us: the model's own ``encode`` or ``predict`` makes each row. cut: nor all of a giant input, since
+    what overflows by itself what the model takes was seen to make no difference. row_values: numbers other than zero in a
+    sparse row, on average.
     """
 
     packed_ok: bool
@@ -45,6 +47,7 @@ class SelfCheck:
     head: str = "groups"
     alone: bool = False
     own: bool = False
+    cut: bool = False
     row_values: int = 0
 
 
@@ -135,6 +138,10 @@ Verdict = tuple[bool, float, str]
 """(equal, largest difference, why not)."""
 
 
+_CUT_TOKENS = 1024
+"""Tokens of a text that is cut even for a model that takes next to none; see :class:`memsafe.models.content.Cutter`."""
+
+
 class _Checker:
     """The probes of one model, made once, and what each way makes of them."""
 
@@ -147,12 +154,19 @@ class _Checker:
         pairs = subject.kind == "reranker"
         longest = probes.longest_wanted(subject.encoder_module, subject.max_length, device)
         values = probes.probe_inputs(subject.tokenizer, pairs=pairs, longest=longest)
+        limit, budget = subject.max_length, probes.budget_tokens(subject.encoder_module, device)
+        self.giants: list[Any] = []
+        if limit is not None and 4 * limit <= budget:
+            self.giants = long_samples(max(8 * limit, _CUT_TOKENS), pairs)
         model = probes.reference_model(subject.own)
         self.plain = probes.reference(model, values, BARE)
         company = subject.company([probe.value for probe in self.plain], BARE)
         self.in_company = [probe for probe, may in zip(self.plain, company, strict=True) if may]
         few = values[1:2] + values[-2:-1]  # of two lengths
-        self.others = [probes.reference(model, few, call) for call in probes.calls(model, pairs)]
+        calls = probes.telling(model, few, probes.calls(model, pairs))
+        if probes.is_large(subject.encoder_module, device):  # of which any forward takes long, however short the text
+            few = few[:1]
+        self.others = [probes.reference(model, few, call) for call in calls]
 
     def row_values(self) -> int:
         """See :class:`SelfCheck`."""
@@ -212,7 +226,11 @@ class _Checker:
             return padded
         alone = SelfCheck(False, False, f"rows depend on what runs together: {verdict[2]}", verdict[1], alone=True)
         verdict = self._judge(alone, self._all_calls)
-        return alone if verdict[0] else replace(alone, reason=verdict[2], max_difference=verdict[1], own=True)
+        if verdict[0]:
+            return alone
+        own = replace(alone, reason=verdict[2], max_difference=verdict[1], own=True)
+        cut = replace(own, cut=True)
+        return cut if self.giants and self._judge(cut, self._giants)[0] else own
 
     # the comparisons: each returns its largest difference
 
@@ -245,6 +263,11 @@ class _Checker:
         pairs = [(ours, probe.hidden) for ours, probe in zip(hidden, self.in_company, strict=True)]
         shown = [(a, b) for a, b in pairs if b is not None and a.shape == b.shape]
         return _worst(_largest(shown, scores=False), self._against(self.in_company, self.subject.rows_by(HEADS[0])))
+
+    def _giants(self) -> float:
+        """Inputs of which parts are left out before the model sees them."""
+        wanted = probes.reference(probes.reference_model(self.subject.run), self.giants, BARE)
+        return self._rows(wanted) if len(wanted) == len(self.giants) else float("nan")
 
     def _all_calls(self) -> float:
         return _worst(*(self._rows(each) for each in (self.plain, *self.others) if each))

@@ -59,19 +59,20 @@ class InputEncoder:
         self.pad_type_id = int(getattr(tokenizer, "pad_token_type_id", None) or 0)
         self.pad_left = getattr(tokenizer, "padding_side", "right") == "left"
         self.feature_names: tuple[str, ...] = ()
-        self.own = False
+        self.own = self._own_cut = False
         self._look(tokenizer)
         way = self.way()
         self.mode, self.max_length = way.mode, way.max_length
 
-    def use_own(self, own: bool) -> None:
+    def use_own(self, own: bool, cut: bool = False) -> None:
         """Whether all ways are opaque from now on, with inputs as they are given: the model's own methods take it from
-        there. Raises :class:`ConfigError` where cutting was asked for, which those would not do."""
+        there. cut: giant ones without what overflows by itself. Raises :class:`ConfigError` where cutting was asked for,
+        which those would not do."""
         if own and self._cuts:
             raise ConfigError(_CANNOT_CUT)
         with self._choosing:
-            if own != self.own:
-                self.own = own
+            if (own, cut) != (self.own, self._own_cut):
+                self.own, self._own_cut = own, cut
                 self._ways.clear()
                 self.mode = self.way().mode
 
@@ -153,14 +154,14 @@ class InputEncoder:
 
     def _find(self, prompt: str, options: Mapping[str, Any]) -> Way:
         trial = self._trial(options)
+        shorten = partial(self._shorten, trial)
         if self.own:
-            return Opaque(trial.limits, prompt or None, options, list)
+            return Opaque(trial.limits, prompt or None, options, shorten if self._own_cut else list)
         rows = None if sbert.forward_options(self._model, options) else self._rows(trial.texts, prompt, options)
         if rows is not None and trial.readable:
             for fast in trial.candidates(rows, prompt):
                 if trial.confirms(fast, rows):
                     return fast
-        shorten = partial(self._shorten, trial)
         if rows is None or not trial.readable:
             return Opaque(trial.limits, prompt or None, options, shorten)
         own = partial(sbert.preprocess, self._model, prompt=prompt or None, options=options)
@@ -204,7 +205,7 @@ class InputEncoder:
 
     def _core(self, tokenizer: Any) -> ContentTokenizer:
         if id(tokenizer) not in self._cores:
-            self._cores[id(tokenizer)] = ContentTokenizer(tokenizer.backend_tokenizer)
+            self._cores[id(tokenizer)] = ContentTokenizer(tokenizer)
         return self._cores[id(tokenizer)]
 
     def _preprocess(self, inputs: Sequence[Text], prompt: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,9 +47,10 @@ class Trial:
         self._tokenizer = sbert.hf_tokenizer(model, options)
         self._pairs = pairs
         self.texts = samples(self._tokenizer, pairs)
-        fast = getattr(self._tokenizer, "is_fast", False)
-        self._any_core = core_of(self._tokenizer) if fast else None
-        self.core = None if sbert.has_own_preprocessing(model, options) else self._any_core
+        rust = sbert.rust_tokenizer(model, options)
+        self._any_core = core_of(rust) if rust is not None else None
+        known = self._tokenizer is not None and not sbert.has_own_preprocessing(model, options)
+        self.core = self._any_core if known else None
         self._long: list[tuple[Text, FeatureRows]] = []
         self.readable = True
         self._seen = False
@@ -75,7 +76,7 @@ class Trial:
         """Note what the model makes of `sample`; returns its number of tokens, None if it makes nothing of it."""
         try:
             features = preprocess([sample])
-            _, width = features["input_ids"].shape
+            width = features["input_ids"].shape[-1]  # of one text, also where ids of all texts lie end to end
         except Exception:  # its own reasons: a query that may not be cut; or no ids at all
             return None
         rows = FeatureRows.of(features)
@@ -109,7 +110,8 @@ class Trial:
         longest = max(
             (len(text) for each in inputs for text in ((each,) if isinstance(each, str) else each)), default=0
         )
-        if need is None or not self._seen or self._tokenizer is None or longest <= 8 * need:
+        known = self._tokenizer is not None or self._any_core is not None
+        if need is None or not self._seen or not known or longest <= 8 * need:
             return list(inputs)
         flat = [text for each in inputs for text in ((each,) if isinstance(each, str) else each)]
         if self._any_core is not None:

@@ -14,10 +14,24 @@ from memsafe.errors import ModelError
 from memsafe.models.content import BYTES_PER_CHAR, ContentTokenizer
 from memsafe.models.features import FeatureRows, Ids
 
-__all__ = ["Encoded", "Fast", "Features", "Limits", "Opaque", "Template", "Text", "Unfit", "Way", "frozen"]
+__all__ = [
+    "CHARS_PER_TOKEN",
+    "Encoded",
+    "Fast",
+    "Features",
+    "Limits",
+    "Opaque",
+    "Template",
+    "Text",
+    "Unfit",
+    "Way",
+    "frozen",
+]
 
 Text = str | tuple[str, str]
 _INT = 4  # bytes of an id
+CHARS_PER_TOKEN = 3
+"""Of a text whose tokens are not known, by which it is planned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,4 +353,4 @@ def _views(flat: bytes, ends: Sequence[int]) -> list[Ids]:
 
 def _estimate(text: Any, max_length: int | None) -> int:
     chars = sum(map(len, text)) if isinstance(text, tuple) else len(text)
-    return max(1, min(chars // 3 + 2, max_length or 10**9))
+    return max(1, min(chars // CHARS_PER_TOKEN + 2, max_length or 10**9))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from memsafe.errors import StoreError
 
@@ -20,6 +22,9 @@ _SCHEMA = 1
 _AT_ONCE = 500
 """Keys in one question: sqlite takes 999 variables at least."""
 _WAIT_S = 30.0
+_NUM_THREADS = 4
+
+_Result = TypeVar("_Result")
 
 
 class CacheFile:
@@ -80,6 +85,11 @@ class CacheFile:
                 return
             last = rows[-1][0]
 
+    async def in_thread(self, function: Callable[..., _Result], *args: Any) -> _Result:
+        """``function(*args)``, which uses this file, for asyncio: in one of a few threads that wait for the disk and nothing
+        else, since those of asyncio's default executor may all be waiting for us."""
+        return await asyncio.get_running_loop().run_in_executor(_threads, function, *args)
+
     def close(self) -> None:
         """Close the file for this thread; it is opened again when it is used."""
         connection = getattr(self._local, "connection", None)
@@ -124,6 +134,18 @@ class CacheFile:
             connection.close()
             raise
         return connection
+
+
+_threads = ThreadPoolExecutor(_NUM_THREADS, "memsafe-cache")
+
+
+def _new_threads() -> None:
+    global _threads
+    _threads = ThreadPoolExecutor(_NUM_THREADS, "memsafe-cache")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_threads)  # threads do not survive a fork
 
 
 def _digest(scope: Mapping[str, Any]) -> str:
