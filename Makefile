@@ -11,7 +11,7 @@ PYTEST  = $(PY) -m pytest -n $(JOBS) --dist worksteal
 SOURCES = core llama_index_memsafe langchain_memsafe
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-all test-hostile test-lowest lint bench dist clean
+.PHONY: help demo test test-fast test-all test-hostile test-lowest lint bench dist docs clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ dist: $(VENV)/.test-ready ## Build the sdist and the wheel into dist/
 	@rm -rf dist
 	@$(PY) -m hatchling build -t sdist -t wheel
 
+docs: $(VENV)/.docs-ready ## Build the documentation site into build/site, strictly and offline (Python 3.11 or newer)
+	@$(PY) scripts/build_docs.py
+
 clean: ## Remove what the other targets made, the virtual environments and built models included
 	rm -rf $(VENV) $(VENV)-lowest .models .cache dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 	  .import_linter_cache
@@ -69,6 +72,10 @@ $(VENV)/.test-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing memsafe and what the tests need into $(VENV) (torch is large: minutes the first time)"
 	@$(PIP) -c constraints.txt -e ".[all]" --group test
 	@touch $(VENV)/.demo-ready $@
+
+$(VENV)/.docs-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@$(PIP) -c constraints.txt --group docs
+	@touch $@
 
 # LOWEST_TORCH=2.13.0 (say) tests the other lowest versions with a torch that is at hand.
 $(VENV)-lowest/.ready: pyproject.toml constraints-lowest.txt

@@ -7,6 +7,7 @@ import sys
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
+from langchain_memsafe._callbacks import Reports
 from langchain_memsafe._core import is_overridden
 from langchain_memsafe._reranking import RerankerModel, relevance
 from memsafe import in_thread
@@ -73,14 +74,20 @@ class MemsafeCrossEncoder(RerankerModel, BaseCrossEncoder):
             memsafe.InputError: An entry is not a pair of strings; ``index`` says which.
         """
         reranker = self.reranker
-        return cast("list[float]", relevance(reranker.score_pairs(text_pairs, **self._options(reranker))))
+        reports = Reports()
+        scores = reranker.score_pairs(text_pairs, **self._options(reranker), on_report=reports)
+        reports.tell()
+        return cast("list[float]", relevance(scores))
 
     async def ascore(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """As :meth:`score`; the event loop stays free, and cancelling the task cancels the work."""
         if is_overridden(self, _score, "score"):
             return await in_thread(self.score, text_pairs)
         reranker = await self._shared.aget(self._build)
-        return cast("list[float]", relevance(await reranker.ascore_pairs(text_pairs, **self._options(reranker))))
+        reports = Reports()
+        scores = await reranker.ascore_pairs(text_pairs, **self._options(reranker), on_report=reports)
+        await reports.atell()
+        return cast("list[float]", relevance(scores))
 
     def _build(self) -> Reranker:
         reranker = super()._build()

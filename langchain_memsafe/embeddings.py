@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from langchain_core.embeddings import Embeddings
 from pydantic import Field
 
+from langchain_memsafe._callbacks import Reports
 from langchain_memsafe._core import CoreModel, is_overridden
 from langchain_memsafe._options import all_devices, chosen_device, encode_options, load_options
 from memsafe import in_thread
@@ -113,7 +114,9 @@ class MemsafeEmbeddings(CoreModel, Embeddings):
         Raises:
             memsafe.InputError: `texts` is not a list of strings; ``index`` says which one is not.
         """
-        run = self.embedder.run(_one_line(texts), **self._options(self.encode_kwargs))
+        run, reports = self.embedder.run(_one_line(texts), **self._options(self.encode_kwargs)), Reports()
+        reports(run.report)
+        reports.tell()
         return cast("list[list[float]]", run.embeddings.tolist())
 
     def embed_query(self, text: str) -> list[float]:
@@ -122,7 +125,9 @@ class MemsafeEmbeddings(CoreModel, Embeddings):
         Raises:
             memsafe.InputError: `text` is not a string.
         """
-        run = self.embedder.run(_one_line([text]), **self._query_options(self.embedder))
+        run, reports = self.embedder.run(_one_line([text]), **self._query_options(self.embedder)), Reports()
+        reports(run.report)
+        reports.tell()
         return cast("list[float]", run.embeddings[0].tolist())
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
@@ -130,7 +135,9 @@ class MemsafeEmbeddings(CoreModel, Embeddings):
         if is_overridden(self, _embed_documents, "embed_documents"):
             return await in_thread(self.embed_documents, texts)
         embedder = await self._shared.aget(self._build)
-        run = await embedder.arun(_one_line(texts), **self._options(self.encode_kwargs))
+        run, reports = await embedder.arun(_one_line(texts), **self._options(self.encode_kwargs)), Reports()
+        reports(run.report)
+        await reports.atell()
         return await _to_lists(run.embeddings)
 
     async def aembed_query(self, text: str) -> list[float]:
@@ -138,7 +145,9 @@ class MemsafeEmbeddings(CoreModel, Embeddings):
         if is_overridden(self, _embed_query, "embed_query"):
             return await in_thread(self.embed_query, text)
         embedder = await self._shared.aget(self._build)
-        run = await embedder.arun(_one_line([text]), **self._query_options(embedder))
+        run, reports = await embedder.arun(_one_line([text]), **self._query_options(embedder)), Reports()
+        reports(run.report)
+        await reports.atell()
         return cast("list[float]", run.embeddings[0].tolist())
 
     def _build(self) -> Embedder:

@@ -9,6 +9,7 @@ import numpy as np
 from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import Field
 
+from langchain_memsafe._callbacks import Reports
 from langchain_memsafe._core import is_overridden
 from langchain_memsafe._reranking import RerankerModel, relevance
 from memsafe import ConfigError, InputError, in_thread
@@ -57,7 +58,8 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
         Args:
             documents: Any sequence of documents; never edited.
             query: What they are to be relevant to.
-            callbacks: Accepted as the interface asks; a compressor has nothing to call them with.
+            callbacks: Told of the run's figures, ``on_custom_event("memsafe_run", RunReport.to_dict())``; None: those of the
+                chain that this is part of.
 
         Raises:
             memsafe.InputError: `query` is not a string, or an entry is not a document; ``index`` says which.
@@ -66,7 +68,10 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
         if not texts:
             return []
         reranker = self.reranker
-        return self._keep(documents, reranker.score(query, texts, **self._options(reranker)))
+        reports = Reports(callbacks)
+        scores = reranker.score(query, texts, **self._options(reranker), on_report=reports)
+        reports.tell()
+        return self._keep(documents, scores)
 
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -78,7 +83,10 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
         if not texts:
             return []
         reranker = await self._shared.aget(self._build)
-        return self._keep(documents, await reranker.ascore(query, texts, **self._options(reranker)))
+        reports = Reports(callbacks)
+        scores = await reranker.ascore(query, texts, **self._options(reranker), on_report=reports)
+        await reports.atell()
+        return self._keep(documents, scores)
 
     def rerank(
         self, documents: Sequence[str | Document], query: str, *, top_n: int | None = -1
@@ -95,7 +103,10 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
         if not texts:
             return []
         reranker = self.reranker
-        return _ranking(reranker.score(query, texts, **self._options(reranker)), kept)
+        reports = Reports()
+        scores = reranker.score(query, texts, **self._options(reranker), on_report=reports)
+        reports.tell()
+        return _ranking(scores, kept)
 
     async def arerank(
         self, documents: Sequence[str | Document], query: str, *, top_n: int | None = -1
@@ -108,7 +119,10 @@ class MemsafeRerank(RerankerModel, BaseDocumentCompressor):
         if not texts:
             return []
         reranker = await self._shared.aget(self._build)
-        return _ranking(await reranker.ascore(query, texts, **self._options(reranker)), kept)
+        reports = Reports()
+        scores = await reranker.ascore(query, texts, **self._options(reranker), on_report=reports)
+        await reports.atell()
+        return _ranking(scores, kept)
 
     def _options(self, reranker: Reranker) -> dict[str, Any]:
         options = super()._options(reranker)

@@ -17,6 +17,8 @@ from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding, disp
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent, EmbeddingStartEvent
 
+from llama_index_memsafe._reports import collected, tags
+
 __all__ = [
     "current_progress",
     "emit_batch",
@@ -54,19 +56,21 @@ def emit_batch(model: BaseEmbedding, texts: list[str], compute: Callable[[int], 
     """Run ``compute(num_groups)`` once inside the first group's event; then start and end the other groups.
 
     The order is upstream's: start, end, start, end. The first event lasts as long as the whole work, so that the
-    durations of a trace still add up to the time that passed. On failure the open event ends with the exception.
+    durations of a trace still add up to the time that passed, and ends with the core's figures in its tags. On failure the open event ends with the exception.
     """
     payload = event_payload(model)
     groups = event_groups(texts, model.embed_batch_size)
     embeddings: list[Embedding] | None = None
     for group in groups:
+        reports: list[dict[str, Any]] = []
         dispatcher.event(EmbeddingStartEvent(model_dict=payload))
         with model.callback_manager.event(CBEventType.EMBEDDING, payload={EventPayload.SERIALIZED: payload}) as event:
             if embeddings is None:
-                embeddings = compute(len(groups))
+                with collected() as reports:
+                    embeddings = compute(len(groups))
             chunk, rows = texts[group], embeddings[group]
             event.on_end(payload={EventPayload.CHUNKS: chunk, EventPayload.EMBEDDINGS: rows})
-        dispatcher.event(EmbeddingEndEvent(chunks=chunk, embeddings=rows))
+        dispatcher.event(EmbeddingEndEvent(chunks=chunk, embeddings=rows, tags=tags(reports)))
     return embeddings or []
 
 
@@ -83,14 +87,19 @@ async def start_batch(model: BaseEmbedding, num_groups: int, event_ids: list[str
 
 
 async def finish_batch(
-    model: BaseEmbedding, texts: list[str], embeddings: list[Embedding], groups: list[slice], event_ids: list[str]
+    model: BaseEmbedding,
+    texts: list[str],
+    embeddings: list[Embedding],
+    groups: list[slice],
+    event_ids: list[str],
+    reports: list[dict[str, Any]],
 ) -> None:
-    """Send the end of every group, letting the event loop run in between."""
+    """Send the end of every group, letting the event loop run in between. reports: for the tags of the first."""
     for number, (group, event_id) in enumerate(zip(groups, event_ids, strict=False)):
         if number and number % _EVENTS_PER_TURN == 0:
             await asyncio.sleep(0)
         chunk, rows = texts[group], embeddings[group]
-        dispatcher.event(EmbeddingEndEvent(chunks=chunk, embeddings=rows))
+        dispatcher.event(EmbeddingEndEvent(chunks=chunk, embeddings=rows, tags={} if number else tags(reports)))
         model.callback_manager.on_event_end(
             CBEventType.EMBEDDING,
             payload={EventPayload.CHUNKS: chunk, EventPayload.EMBEDDINGS: rows},

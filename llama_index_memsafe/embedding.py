@@ -24,6 +24,7 @@ from llama_index_memsafe._events import (
     start_batch,
 )
 from llama_index_memsafe._instructions import DEFAULT_MODEL, QUERY_INSTRUCTIONS, TEXT_INSTRUCTIONS
+from llama_index_memsafe._reports import collected, tell
 from llama_index_memsafe._state import CoreHolder, Reloadable, is_overridden
 from memsafe import ConfigError, Embedder, EventHook, InputError, InputTooLargeError, MemoryPolicy, in_thread
 
@@ -31,7 +32,7 @@ __all__ = ["MemsafeEmbedding"]
 
 _DOCUMENT_PROMPTS = ("text", "document", "passage", "corpus")
 _PER_CALL = (
-    "fixed_tokens", "kind", "max_rows", "model", "normalize", "precision", "progress", "prompt", "prompt_name", "show_progress",
+    "fixed_tokens", "kind", "max_rows", "model", "normalize", "on_report", "precision", "progress", "prompt", "prompt_name", "show_progress",
     "truncate_dim", "urgent", "warn",
 )  # fmt: skip
 """What a call decides by itself, or a field of this class does."""
@@ -253,12 +254,16 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
 
     def _embed(self, inputs: list[str], prompt_name: str | None = None) -> list[Embedding]:
         """Embeddings of `inputs`, in their order, as lists of python floats (32 bytes each, so convert late)."""
-        rows: list[Embedding] = self.embedder.run(inputs, **self._options(prompt_name)).embeddings.tolist()
+        run = self.embedder.run(inputs, **self._options(prompt_name))
+        tell(run.report)
+        rows: list[Embedding] = run.embeddings.tolist()
         return rows
 
     async def _aembed(self, inputs: list[str], prompt_name: str | None = None) -> list[Embedding]:
         embedder = await self._core.aget()
-        rows = (await embedder.arun(inputs, **self._options(prompt_name))).embeddings
+        run = await embedder.arun(inputs, **self._options(prompt_name))
+        tell(run.report)
+        rows = run.embeddings
         embeddings: list[Embedding] = []
         for start in range(0, len(rows), _ROWS_PER_TURN):
             if start:
@@ -315,7 +320,7 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
         event_ids: list[str] = []
         try:
             await start_batch(self, len(groups), event_ids)
-            with progress_bar(show_progress, len(texts)):
+            with progress_bar(show_progress, len(texts)), collected() as reports:
                 if self.embeddings_cache:
                     embeddings = await self._aget_text_embeddings_cached(texts)
                 else:
@@ -325,7 +330,7 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
         except BaseException as error:
             fail_batch(self, event_ids, error)
             raise
-        await finish_batch(self, texts, embeddings, groups, event_ids)
+        await finish_batch(self, texts, embeddings, groups, event_ids, reports)
         return embeddings
 
     def _get_text_embeddings_cached(self, texts: list[str]) -> list[Embedding]:

@@ -16,6 +16,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from llama_index.core.utils import infer_torch_device
 
 from llama_index_memsafe._devices import device_list
+from llama_index_memsafe._reports import collected, tags, tell
 from llama_index_memsafe._state import CoreHolder, Reloadable, is_overridden
 from memsafe import ConfigError, EventHook, MemoryPolicy, RankedDocument, Reranker, in_thread
 
@@ -206,10 +207,10 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         query = self._begin(nodes, query_bundle)
         if not nodes:
             return []
-        with self._callback(nodes, query) as event:
+        with self._callback(nodes, query) as event, collected() as reports:
             ranked = self._translate(nodes, self.reranker.rerank(query, _contents(nodes), **self._options()))
             event.on_end(payload={EventPayload.NODES: ranked})
-        dispatcher.event(ReRankEndEvent(nodes=ranked))
+        dispatcher.event(ReRankEndEvent(nodes=ranked, tags=tags(reports)))
         return ranked
 
     @dispatcher.span
@@ -222,16 +223,17 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
         query = self._begin(nodes, query_bundle)
         if not nodes:
             return []
-        with self._callback(nodes, query) as event:
+        with self._callback(nodes, query) as event, collected() as reports:
             reranker = await self._core.aget()
             ranked = self._translate(nodes, await reranker.arerank(query, _contents(nodes), **self._options()))
             event.on_end(payload={EventPayload.NODES: ranked})
-        dispatcher.event(ReRankEndEvent(nodes=ranked))
+        dispatcher.event(ReRankEndEvent(nodes=ranked, tags=tags(reports)))
         return ranked
 
     def _options(self) -> dict[str, Any]:
-        """Someone waits for a ranking: it goes before bulk work."""
-        return {"urgent": True} if self.instruction is None else {"urgent": True, "prompt": self.instruction}
+        """Someone waits for a ranking: it goes before bulk work; its figures go into the span."""
+        options: dict[str, Any] = {"urgent": True, "on_report": tell}
+        return options if self.instruction is None else {**options, "prompt": self.instruction}
 
     def _begin(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> str:
         """Send the start event, then check, in upstream's order."""

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from memsafe.hybrid import HybridEmbedder, HybridRun
     from memsafe.multi_vector import LateInteractionReranker, MultiVectorEmbedder, MultiVectorRun
     from memsafe.ragged import RaggedArray
+    from memsafe.recording import Recording
     from memsafe.reranker import RankedDocument, Reranker, RerankRun
     from memsafe.similarity import maxsim
     from memsafe.sparse import SparseEmbedder, SparseRun
@@ -84,6 +85,7 @@ __all__ = [
     "Neighbours",
     "RaggedArray",
     "RankedDocument",
+    "Recording",
     "RerankRun",
     "Reranker",
     "RunReport",
@@ -106,6 +108,7 @@ _LATER |= dict.fromkeys(
 )
 _LATER |= {"in_thread": "calls"}  # no public name: for the adapters, which come in by this door only
 _LATER |= {"CacheFile": "stores.cache", "EmbedBatches": "handle", "embed_ray_dataset": "handle"}
+_LATER |= {"Recording": "recording"}
 _LATER |= {"RankedDocument": "reranker", "RerankRun": "reranker", "Reranker": "reranker"}
 _LATER |= {"SparseEmbedder": "sparse", "SparseRun": "sparse", "HybridEmbedder": "hybrid", "HybridRun": "hybrid"}
 _LATER |= dict.fromkeys(("LateInteractionReranker", "MultiVectorEmbedder", "MultiVectorRun"), "multi_vector")

@@ -43,7 +43,14 @@ class Options:
     warn: bool = True
     show_progress: bool | None = None
     progress: Callable[[int], None] | None = None
+    on_report: Callable[[RunReport], object] | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
+
+    def told(self, report: RunReport) -> RunReport:
+        """`report`, of which :attr:`on_report` has been told."""
+        if self.on_report is not None:
+            self.on_report(report)
+        return report
 
     @classmethod
     def of(cls, options: dict[str, Any], taken_by_model: Callable[[], set[str]] = set) -> Options:
@@ -62,6 +69,8 @@ class Options:
             raise ConfigError(f"kind: got {options['kind']!r}; choose 'query', 'document' or None")
         if options.get("urgent") not in (None, True, False):
             raise ConfigError(f"urgent: got {options['urgent']!r}; give True, False or None")
+        if options.get("on_report") is not None and not callable(options["on_report"]):
+            raise ConfigError(f"on_report: got a {type(options['on_report']).__name__}; give a callable, or None")
         if not isinstance(options.get("warn", True), bool):
             raise ConfigError(f"warn: got {options['warn']!r}; give True or False")
         for name in ("prompt", "prompt_name"):
@@ -151,7 +160,7 @@ class Model:
     @property
     def device(self) -> str:
         """Where the model is, in torch's words; several names are joined by a comma."""
-        return ", ".join(model.device.name for model in self._engine.models)
+        return ", ".join(self._engine.device_names)
 
     @property
     def max_length(self) -> int | None:
@@ -216,12 +225,25 @@ class Model:
         finish: what makes results of the model's rows; used for those of an error, which has some of them. prepare: see
         :data:`Prepare`. keep: what is kept of the rows of each micro-batch, None for all as it is.
         """
+        with self._engine.in_use():
+            return self._run_here(values, options, finish, prepare, keep)
+
+    def _run_here(
+        self,
+        values: Sequence[Any],
+        options: Options,
+        finish: Callable[[Any], Any],
+        prepare: Prepare | None,
+        keep: Callable[[Any], Any] | None,
+    ) -> tuple[Any, RunReport]:
         distinct = inputs.Distinct(values)
-        work = _work(distinct, self._way(options), prepare)
         engine = self._engine
+        reload_s = engine.ready()
+        work = _work(distinct, self._way(options), prepare)
         show = bool(options.show_progress)
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
             job = self._open(work, options, _in_texts(progress, work, len(distinct.values)), keep)
+            job.report.set(reload_s=reload_s)
             try:
                 engine.announce(job)
                 engine.feed(job, work.values, work.way, warn=options.warn)
@@ -232,7 +254,7 @@ class Model:
             except BaseException:
                 job.cancel()
                 raise
-        return distinct.spread(work.rows(rows)), work.report(report)
+        return distinct.spread(work.rows(rows)), options.told(work.report(report))
 
     async def _arun(
         self,
@@ -242,13 +264,25 @@ class Model:
         prepare: Prepare | None = None,
         keep: Callable[[Any], Any] | None = None,
     ) -> tuple[Any, RunReport]:
+        with self._engine.in_use():
+            return await self._arun_here(values, options, finish, prepare, keep)
+
+    async def _arun_here(
+        self,
+        values: Sequence[Any],
+        options: Options,
+        finish: Callable[[Any], Any],
+        prepare: Prepare | None,
+        keep: Callable[[Any], Any] | None,
+    ) -> tuple[Any, RunReport]:
         distinct = inputs.Distinct(values)
         engine = self._engine
         show = bool(options.show_progress)
-        way = await in_thread(self._way, options)
+        reload_s, way = await in_thread(lambda: (engine.ready(), self._way(options)))
         work = await in_thread(_work, distinct, way, prepare)
         with inputs.progress_bar(len(distinct.values), show, options.progress, "text") as progress:
             job = self._open(work, options, _in_texts(progress, work, len(distinct.values)), keep)
+            job.report.set(reload_s=reload_s)
             try:
                 engine.announce(job)
                 await in_thread(engine.feed, job, work.values, work.way, warn=options.warn)
@@ -260,7 +294,7 @@ class Model:
             except BaseException:
                 job.cancel()
                 raise
-        return distinct.spread(work.rows(rows)), work.report(report)
+        return distinct.spread(work.rows(rows)), options.told(work.report(report))
 
     def _open(
         self,

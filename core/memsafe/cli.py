@@ -28,6 +28,7 @@ from memsafe.cli_output import (
 from memsafe.cli_store import store_app
 from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError, StoreError
+from memsafe.events import EventHook
 
 __all__ = ["app"]
 
@@ -76,11 +77,15 @@ def embed(
         str | None, typer.Option(help="Put before every text; the model's own for documents if left out.")
     ] = None,
     block_texts: Annotated[int | None, typer.Option(help="Texts in a block, which is what a crash loses.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--report", help="Write what happened to this HTML page: memory, speed, trouble.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Embed a corpus into a store. Ctrl-C stops after the block in progress; a second one stops at once."""
     from memsafe.corpus import embed_corpus
     from memsafe.embedder import Embedder
+    from memsafe.recording import Recording
 
     if resume and update:
         raise ConfigError("--resume and --update: give one; an update that was broken off goes on with --update")
@@ -88,9 +93,12 @@ def embed(
         raise StoreError(
             f"{output} is there already; go on with --resume, or, if the input has changed, --update", path=str(output)
         )
-    memory = MemoryHook()
+    if picture is not None and not picture.parent.is_dir():
+        raise ConfigError(f"--report: there is no folder {picture.parent} for the page; make it first")
+    memory, recording = MemoryHook(), Recording()
+    hooks: list[EventHook] = [memory] if picture is None else [memory, recording]
     embedder = Embedder(
-        model, device=device, dtype=dtype, max_length=max_length, memory=MemoryPolicy(limit=limit), hooks=[memory]
+        model, device=device, dtype=dtype, max_length=max_length, memory=MemoryPolicy(limit=limit), hooks=hooks
     )
     with embedder, stoppable(output, update=update) as stop, shown(memory, quiet=as_json) as show:
         report = embed_corpus(
@@ -107,6 +115,8 @@ def embed(
             stop=stop,
             progress=show,
         )
+    if picture is not None:
+        recording.save(picture, dict(report.rows()), title=f"{source.name} with {model}")
     if as_json:
         print_json(report.to_dict())
     else:

@@ -119,6 +119,11 @@ class MemoryPolicy:
     on_full: Literal["wait", "raise"] = "wait"
     """What happens to a call that would pass ``max_pending``: it waits, or :class:`BusyError` is raised."""
 
+    unload_after_s: float | None = None
+    """Take the weights off the device when nobody has called for so many seconds; the next call loads them again, or raises
+    :class:`ModelTooLargeError` where they no longer fit. None: they stay. A loaded model that was handed in waits in main memory;
+    on a CPU it cannot be unloaded, and asking for it is a :class:`ConfigError`."""
+
     learn: bool = True
     """Keep what was learnt about a model's memory in the user's cache directory (MEMSAFE_CACHE_DIR, or the platform's)."""
 
@@ -139,6 +144,8 @@ class MemoryPolicy:
         _at_least("wait_s", self.wait_s, 0)
         if self.knee is not None:
             _at_least("knee", self.knee, 0)
+        if self.unload_after_s is not None:
+            _at_least("unload_after_s", self.unload_after_s, 0.01)
         for name in ("max_tokens", "max_pending"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

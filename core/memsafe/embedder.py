@@ -126,6 +126,7 @@ class Embedder(Model):
             warn: False leaves it to the report to say that texts were cut.
             show_progress: a tqdm bar; progress: called with the number of texts just finished, in the thread that computed
                 them, which waits for it; what it raises is raised here.
+            on_report: called with the report, for methods that return rows only.
             Whatever else the model's own modules take in ``encode``, such as ``task`` (see ``get_model_kwargs()``), goes to them.
 
         Raises:

@@ -20,6 +20,8 @@ __all__ = [
     "FallbackUsed",
     "InputsTruncated",
     "MicroBatchDone",
+    "ModelReloaded",
+    "ModelUnloaded",
     "NonFiniteRedone",
     "OutOfMemory",
     "ReportBuilder",
@@ -105,6 +107,21 @@ class InputsTruncated(Event):
     max_length: int
 
 
+@dataclass(frozen=True, slots=True)
+class ModelUnloaded(Event):
+    """Nobody had called for ``MemoryPolicy.unload_after_s``: the weights have left the device, which got ``released_bytes`` back."""
+
+    released_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReloaded(Event):
+    """A call has come and the weights are back. ``seconds``: what the call waited for them, all devices together."""
+
+    weights_bytes: int
+    seconds: float
+
+
 @runtime_checkable
 class EventHook(Protocol):
     """Anything callable with an event. Called with one after another, in a thread that nothing else waits for: it may take its
@@ -155,6 +172,8 @@ class RunReport:
     compute_s: float = 0.0
     """Seconds inside forwards, summed over lanes that ran side by side."""
     total_s: float = 0.0
+    reload_s: float = 0.0
+    """Seconds, before all others, that the call waited for weights which had left the device (``unload_after_s``)."""
     lanes: int = 1
     """How many micro-batches were on a device at most when one of this call began, that one and other calls' included."""
     notes: tuple[str, ...] = ()
@@ -173,7 +192,9 @@ class RunReport:
         """All figures, the derived ones included, ready for JSON."""
         return {**asdict(self), "padding_ratio": self.padding_ratio, "tokens_per_s": self.tokens_per_s}
 
-    def _rows(self) -> list[tuple[str, str]]:
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, value) in words, as they are printed."""
+
         def size(value: int | None) -> str:
             return "not measured" if value is None else format_bytes(value)
 
@@ -195,6 +216,8 @@ class RunReport:
             ("budget", f"{size(self.budget_min_bytes)} to {size(self.budget_max_bytes)}"),
             ("time", f"{self.total_s:.2f} s: tokenise {self.tokenize_s:.2f}, compute {self.compute_s:.2f}"),
         ]
+        if self.reload_s:
+            rows.append(("weights came back", f"in {self.reload_s:.2f} s"))
         if self.windowed:
             rows.insert(2, ("long texts", f"{self.windowed:,} in {self.windows:,} windows"))
         trouble = [
@@ -210,12 +233,21 @@ class RunReport:
         return rows
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:<22} {value}" for name, value in self._rows())
+        return "\n".join(f"{name:<22} {value}" for name, value in self.rows())
+
+    def plot(self) -> Any:
+        """Memory against budget, and where the time went, as a matplotlib Figure; over time: :meth:`memsafe.Recording.plot`.
+
+        Raises :class:`MissingExtraError` without the extra ``plot``.
+        """
+        from memsafe.pictures.figure import summary_figure
+
+        return summary_figure(self.to_dict())
 
     def _repr_html_(self) -> str:
         from html import escape
 
-        cells = "".join(f"<tr><th>{escape(n)}</th><td>{escape(v)}</td></tr>" for n, v in self._rows())
+        cells = "".join(f"<tr><th>{escape(n)}</th><td>{escape(v)}</td></tr>" for n, v in self.rows())
         return f"<table>{cells}</table>"
 
 

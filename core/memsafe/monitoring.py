@@ -21,6 +21,8 @@ from memsafe.events import (
     FallbackUsed,
     InputsTruncated,
     MicroBatchDone,
+    ModelReloaded,
+    ModelUnloaded,
     NonFiniteRedone,
     OutOfMemory,
     Waited,
@@ -100,6 +102,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("waited", "counter", "seconds", "Time spent waiting for neighbours' memory", Waited, lambda e: e.seconds),
     Metric("non_finite", "counter", "rows", "Rows computed again in float32", NonFiniteRedone, lambda e: e.rows),
     Metric("truncated", "counter", "inputs", "Inputs that were cut", InputsTruncated, lambda e: e.count),
+    Metric("model_unloads", "counter", "unloads", "Times that idle weights left the device", ModelUnloaded, lambda e: 1),
+    Metric("model_reload", "histogram", "seconds", "Time a call waited for them", ModelReloaded, lambda e: e.seconds, bounds=_SECONDS),
 )  # fmt: skip
 
 

@@ -145,7 +145,7 @@ class Reranker(Model):
         """Score `pairs` and report what it took.
 
         Options, all optional: activation_fn (overrides the one of the model), apply_softmax (over several labels),
-        prompt, prompt_name, urgent (goes before bulk work), max_rows, fixed_tokens, show_progress, progress, and what the model's own
+        prompt, prompt_name, urgent (goes before bulk work), max_rows, fixed_tokens, show_progress, progress, on_report, and what the model's own
         modules take; see :meth:`Embedder.run`.
         """
         call = self._call(options)

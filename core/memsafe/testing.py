@@ -33,6 +33,8 @@ from memsafe.engine.sinks import Rows
 from memsafe.errors import ConfigError
 from memsafe.events import EventHook
 from memsafe.machine.device import Device, Peak
+from memsafe.models import weights
+from memsafe.models.model import ModelSpec
 from memsafe.models.ways import Encoded, Limits, Way
 from memsafe.planning.batch import BatchShape, MicroBatch
 from memsafe.planning.budget import MemorySnapshot
@@ -252,7 +254,7 @@ class SimulatedModel:
         self._prior_scale = prior_scale
         self._errors: dict[bytes, Exception] = {}
         self._overflows: set[bytes] = set()
-        device.allocate(weights_bytes)
+        self.open()
 
     # what a test does to it
 
@@ -315,7 +317,13 @@ class SimulatedModel:
     def drop_host_copy(self) -> None:
         return
 
+    def open(self) -> None:
+        """Take the memory of the weights."""
+        self.device.allocate(self.weights_bytes)
+        self.here = True
+
     def close(self) -> None:
+        self.here = False
         self.device.free(self.weights_bytes)
 
     def _rows(self, batch: MicroBatch, dtype: Any) -> Rows:
@@ -365,12 +373,17 @@ class _SimulatedEngine(Engine):
 
     def __init__(self, models: Sequence[SimulatedModel], policy: MemoryPolicy, hooks: Sequence[EventHook]) -> None:
         self._given = list(models)
-        from memsafe.models.model import ModelSpec
 
         super().__init__(ModelSpec("simulated", None, {}), [m.device for m in models], policy, hooks)
 
     def _load(self, spec: Any, device: Device, position: int) -> None:
         model: Any = self._given[position]
+        if not model.here:  # it has left for a while (unload_after_s)
+            seen = device.snapshot()
+            need, room = model.weights_bytes, self._budget(device, seen.allocated_bytes).headroom_bytes(seen)
+            if need > room:
+                raise weights.given_too_large(model.name, need, need, room, device.name)
+            model.open()
         self.models.append(model)
         self._baselines.append(device.snapshot().allocated_bytes - model.weights_bytes)
 

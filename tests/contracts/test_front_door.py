@@ -41,6 +41,7 @@ PUBLIC = {
         "Neighbours",
         "RaggedArray",
         "RankedDocument",
+        "Recording",
         "RerankRun",
         "Reranker",
         "RunReport",

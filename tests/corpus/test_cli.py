@@ -54,6 +54,17 @@ def as_json(*arguments: Any, code: int = 0) -> Any:
     return json.loads(done.stdout)
 
 
+def test_embed_draws_what_happened(model: str, corpus: Path, tmp_path: Path) -> None:
+    """--report writes a page with the run's figures; a folder that is not there is said before anything is computed."""
+    page, name = tmp_path / "run.html", corpus.name
+    done = run("embed", corpus, tmp_path / "store", "--model", model, "--device", "cpu", "--report", page)
+    assert done.exit_code == 0, done.output
+    text = page.read_text(encoding="utf-8")
+    assert f"<title>{name} with " in text and "Memory on cpu" in text and "<th>blocks</th>" in text
+    missing = run("embed", corpus, tmp_path / "other", "--model", model, "--report", tmp_path / "no" / "run.html")
+    assert missing.exit_code == 2 and not (tmp_path / "other").exists()
+
+
 def test_embed(store: Path, model: str, corpus: Path) -> None:
     """The store holds the rows of the embedder, by the ids of the file."""
     opened = open_store(store)

@@ -19,6 +19,8 @@ from memsafe.events import (
     FallbackUsed,
     InputsTruncated,
     MicroBatchDone,
+    ModelReloaded,
+    ModelUnloaded,
     NonFiniteRedone,
     OutOfMemory,
     Waited,
@@ -38,6 +40,8 @@ EVENTS: list[Event] = [
     Waited(DEVICE, 1.5),
     NonFiniteRedone(DEVICE, 7),
     InputsTruncated(DEVICE, 6, 512),
+    ModelUnloaded(DEVICE, 1000),
+    ModelReloaded(DEVICE, 1000, 1.5),
 ]
 VALUES: dict[str, float] = {
     "micro_batches": 2,
@@ -54,6 +58,7 @@ VALUES: dict[str, float] = {
     "waited": 1.5,
     "non_finite": 7,
     "truncated": 6,
+    "model_unloads": 1,
 }
 """Of counters and gauges after :data:`EVENTS`; refusals and histograms are looked at one by one."""
 

@@ -94,6 +94,11 @@ class Lanes:
             runner.backlog.tenants.append(runner.tenant)
             runner.backlog.listeners.append(self.wake)
 
+    def works_on(self, runner: Runner) -> bool:
+        """Whether a micro-batch of `runner` is in flight."""
+        with self.lock:
+            return runner.tenant in self.scheduler.in_flight.values()
+
     def detach(self, runner: Runner) -> None:
         """Forget `runner` when its last micro-batch is done."""
         tenant = runner.tenant

@@ -19,7 +19,7 @@ from memsafe.machine.refusals import is_out_of_memory
 from memsafe.models import m3, sbert, weights
 from memsafe.models.model import LoadedModel, ModelSpec
 
-__all__ = ["load", "size_of"]
+__all__ = ["load", "move", "size_of"]
 
 
 def load(
@@ -109,6 +109,23 @@ def _built(build: Any, spec: ModelSpec, device: Device, options: dict[str, Any],
 def size_of(model: torch.nn.Module) -> int:
     """Bytes of the weights of `model`, as it is."""
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def move(model: Any, device: Device, room_bytes: int) -> None:
+    """A model that was handed in loaded, to `device`, where `room_bytes` may be taken. Raises :class:`ModelTooLargeError`, and
+    leaves it in main memory then."""
+    need = size_of(model)
+    if need <= room_bytes:
+        try:
+            model.to(device.name)
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        model.to("cpu")  # outside the block above; some of it had moved
+        device.release()
+        room_bytes = device.snapshot().free_bytes
+    raise weights.given_too_large(type(model).__name__, need, need, room_bytes, device.name)
 
 
 def _given(spec: ModelSpec, device: Device, room_bytes: int, copied: bool) -> ModelSpec:

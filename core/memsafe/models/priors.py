@@ -70,12 +70,6 @@ def prior_of(
     return prior
 
 
-def tokenwise_prior(shape: Architecture, dtype: torch.dtype) -> CostPrior:
-    """Of a model without attention whose texts are tokenised in its forward: what that takes is most of it."""
-    per_token = CHARS_PER_TOKEN * BYTES_PER_CHAR + 8 * shape.hidden_size * dtype.itemsize
-    return CostPrior(64 * 1024.0, per_token, shape.hidden_size * (dtype.itemsize + 4) + 64.0, 0.0)
-
-
 def tiled(prior: CostPrior, shape: Architecture, tiles: Tiles, row_values: int) -> CostPrior:
     """`prior` of a model whose sparse rows, of `row_values` numbers, are made in `tiles`.
 
@@ -90,6 +84,12 @@ def tiled(prior: CostPrior, shape: Architecture, tiles: Tiles, row_values: int) 
         head_row_bytes=2.0 * row_values * (4 + tiles.size),
         head_tile_tokens=tiles.tokens,
     )
+
+
+def tokenwise_prior(shape: Architecture, dtype: torch.dtype) -> CostPrior:
+    """Of a model without attention whose texts are tokenised in its forward: what that takes is most of it."""
+    per_token = CHARS_PER_TOKEN * BYTES_PER_CHAR + 8 * shape.hidden_size * dtype.itemsize
+    return CostPrior(64 * 1024.0, per_token, shape.hidden_size * (dtype.itemsize + 4) + 64.0, 0.0)
 
 
 def _number(config: Any, name: str) -> int:

@@ -34,8 +34,8 @@ class SelfCheck:
     rows and of packed hidden states, relative to the norm of the model's own. in_place_ok: `fuse.install`. head: for
     `PackedModel`, one of `heads.HEADS`. alone: one input at a time, since rows depend on what runs together. own: not
     even tokens are taken from us: the model's own ``encode`` or ``predict`` makes each row. cut: nor all of a giant input, since
-    what overflows by itself what the model takes was seen to make no difference.
-    row_values: numbers other than zero in a sparse row, on average.
+    what overflows by itself what the model takes was seen to make no difference. row_values: numbers other than zero in a
+    sparse row, on average.
     """
 
     packed_ok: bool

@@ -71,9 +71,10 @@ class CorpusReport:
         """All figures, ready for JSON."""
         return {**asdict(self), "tokens_per_s": self.tokens_per_s}
 
-    def __str__(self) -> str:
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, value) in words, as they are printed."""
         parts = [(self.computed, "computed"), (self.reused, "reused"), (self.skipped, "finished before")]
-        rows = [
+        return [
             ("store", f"{self.path}{'' if self.complete else ' (not complete: run the same again to go on)'}"),
             (
                 "texts",
@@ -87,7 +88,9 @@ class CorpusReport:
             ),
             ("time", f"{self.seconds:.2f} s"),
         ]
-        return "\n".join(f"{name:<22} {value}" for name, value in rows)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<22} {value}" for name, value in self.rows())
 
 
 class Totals:
