@@ -274,6 +274,7 @@ TWICE = {
     "corpus/test_crashes.py::test_killed_at_fifty_random_moments": "corpus/test_crashes.py::test_killed_at_a_random_moment",
     "corpus/test_flat.py::test_a_million_texts_take_the_memory_of_a_hundred_thousand": "corpus/test_flat.py::test_twenty_times_the_texts_take_the_same_memory",
     "corpus/test_handle.py::test_a_ray_worker_that_dies": "corpus/test_handle.py::test_it_travels_as_settings",
+    "corpus/test_handle.py::test_two_ray_actors_share_a_device": "corpus/test_handle.py::test_it_travels_as_settings",
     "concurrency/test_load.py::test_mixed_traffic_for_seconds": "concurrency/test_sharing.py::test_different_lengths_under_threads",
     "models/test_architectures.py::test_rows_of_every_architecture": "models/test_architectures.py::test_padding_on_the_left_and_no_token_types",
     "planning/test_simulated.py::test_sizes_are_within_the_targets_for_twenty_seeds": "planning/test_simulated.py::test_sizes_are_within_the_targets_on_every_curve_and_mix",

@@ -132,3 +132,59 @@ def test_numbers_of_ray_are_checked(name: str, value: Any, model: str, tmp_path:
     pytest.importorskip("ray.data", reason="needs Ray")
     with pytest.raises(ConfigError, match=name):
         embed_ray_dataset(None, tmp_path, model, **{name: value})
+
+
+def test_daft(model: str, rows: Any) -> None:
+    """As a function of batches for Daft, which hands it one column."""
+    daft = pytest.importorskip("daft", reason="needs Daft")
+    embed = EmbedBatches(model, device="cpu", memory=POLICY)
+
+    @daft.func.batch(return_dtype=daft.DataType.embedding(daft.DataType.float32(), 32), batch_size=16)
+    def embedded(texts: Any) -> Any:
+        return embed({"text": texts.to_pylist()})["embedding"]
+
+    frame = daft.from_pydict({"id": list(range(40)), "text": TEXTS})
+    found = frame.with_column("embedding", embedded(frame["text"])).to_pydict()
+    assert found["id"] == list(range(40))
+    np.testing.assert_allclose(np.stack(found["embedding"]), rows, atol=1e-6)
+
+
+SHARED = """
+import json, os, sys
+import ray
+from memsafe import EmbedBatches, MemoryPolicy
+
+model = sys.argv[1]
+
+@ray.remote(num_cpus=1)
+class Actor:
+    def __init__(self, limit):
+        self.embed = EmbedBatches(model, device="cpu", memory=MemoryPolicy(limit=limit, learn=False))
+
+    def work(self, texts):
+        run = self.embed.embedder.run(texts)
+        report = run.report
+        return os.getpid(), self.embed.embedder.memory.limit, run.embeddings, report.out_of_memory, report.measured_peak_bytes
+
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+texts = [f"text {number} " * (1 + number % 200) for number in range(400)]
+actors = [Actor.remote(limit) for limit in ("160MiB", "320MiB")]
+small, large = ray.get([actor.work.remote(texts) for actor in actors])
+print(json.dumps([small[0] != large[0], [small[1], large[1]], float(abs(small[2] - large[2]).max()),
+                  len(small[2]), [small[3], large[3]], [small[4], large[4]]]))
+"""
+
+
+@pytest.mark.timeout(900)
+def test_two_ray_actors_share_a_device(model: str, tmp_path: Path) -> None:
+    """Each with a memory policy of its own, at the same time on one device: both finish, with the same rows."""
+    pytest.importorskip("ray", reason="needs Ray")
+    script = tmp_path / "script.py"
+    script.write_text(SHARED)
+    done = subprocess.run([sys.executable, str(script), model], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith(("[true", "[false"))))
+    apart, limits, difference, count, out_of_memory, peaks = found
+    assert apart and limits == ["160MiB", "320MiB"] and count == 400
+    assert difference < 1e-5 and out_of_memory == [0, 0]
+    assert 0 < peaks[0] < 160 << 20 and 0 < peaks[1] < 320 << 20
