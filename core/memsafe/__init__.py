@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from memsafe.advice import Advice, advise
     from memsafe.corpus import CorpusProgress, CorpusReport, Neighbours, Store, embed_corpus, open_store
     from memsafe.embedder import Embedder, EmbeddingRun
-    from memsafe.handle import EmbedBatches, embed_ray_dataset
+    from memsafe.handle import EmbedBatches, PerProcess, embed_ray_dataset
     from memsafe.hybrid import HybridEmbedder, HybridRun
     from memsafe.multi_vector import LateInteractionReranker, MultiVectorEmbedder, MultiVectorRun
     from memsafe.ragged import RaggedArray
@@ -81,6 +81,7 @@ __all__ = [
     "MultiVectorEmbedder",
     "MultiVectorRun",
     "Neighbours",
+    "PerProcess",
     "RaggedArray",
     "RankedDocument",
     "RerankRun",
@@ -103,7 +104,7 @@ _LATER |= {"Advice": "advice", "advise": "advice"}
 _LATER |= dict.fromkeys(
     ("CorpusProgress", "CorpusReport", "Neighbours", "Store", "embed_corpus", "open_store"), "corpus"
 )
-_LATER |= {"CacheFile": "stores.cache", "EmbedBatches": "handle", "embed_ray_dataset": "handle"}
+_LATER |= {"CacheFile": "stores.cache", **dict.fromkeys(("EmbedBatches", "PerProcess", "embed_ray_dataset"), "handle")}
 _LATER |= {"RankedDocument": "reranker", "RerankRun": "reranker", "Reranker": "reranker"}
 _LATER |= {"SparseEmbedder": "sparse", "SparseRun": "sparse", "HybridEmbedder": "hybrid", "HybridRun": "hybrid"}
 _LATER |= dict.fromkeys(("LateInteractionReranker", "MultiVectorEmbedder", "MultiVectorRun"), "multi_vector")

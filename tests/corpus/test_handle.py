@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memsafe import ConfigError, EmbedBatches, Embedder, InputError, MemoryPolicy, embed_ray_dataset
-from tests.corpus.helpers import made_texts
+from memsafe import ConfigError, EmbedBatches, Embedder, InputError, MemoryPolicy, PerProcess, embed_ray_dataset
+from tests.corpus.helpers import in_child, made_texts, needs_fork
 from tests.tiny_models import save_embedder
 
 TEXTS = [text[:60] for text in made_texts(40)]
@@ -57,6 +58,24 @@ def test_it_travels_as_settings(model: str, rows: Any) -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         found = pool.submit(handle, {"text": TEXTS}).result()
     np.testing.assert_allclose(found["embedding"], rows, atol=1e-6)
+
+
+@needs_fork
+def test_a_child_forked_while_the_model_loads() -> None:
+    """It makes its own, and never waits for the parent's lock, whose holder it lacks."""
+    shared: PerProcess[int] = PerProcess()
+    begun, go_on = threading.Event(), threading.Event()
+    loading = threading.Thread(target=lambda: shared.get(lambda: (begun.set(), go_on.wait(), os.getpid())[2]))
+    loading.start()
+    begun.wait()
+
+    def work() -> None:
+        assert shared.get(os.getpid) == os.getpid()
+
+    assert in_child(work, kill_after_s=20) == 0
+    go_on.set()
+    loading.join()
+    assert shared.loaded and shared.get(lambda: -1) == os.getpid()
 
 
 def test_datasets_map(model: str, rows: Any) -> None:
