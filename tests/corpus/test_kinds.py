@@ -58,6 +58,15 @@ def embed(kind: str, path: Path, texts: Any = TEXTS, scale: float = 1, **options
 
 
 @pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of each kind, for reading."""
+    path = tmp_path_factory.mktemp("stores")
+    for kind in KINDS:
+        embed(kind, path / kind)
+    return path
+
+
+@pytest.fixture(scope="module")
 def expected() -> dict[str, Any]:
     found = {}
     for kind in KINDS:
@@ -114,12 +123,12 @@ def test_the_files_are_plain(tmp_path: Path, expected: dict[str, Any]) -> None:
 @needs_fork
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_steps_to_the_disk(kind: str, tmp_path: Path) -> None:
-    """SIGKILL before every ninth write, fsync or rename: what is finished is not computed again, and the files are the same."""
+    """SIGKILL before every 13th write, fsync or rename: what is finished is not computed again, and the files are the same."""
     few, options = TEXTS[:96], {"shard_bytes": 1500}
     embed(kind, tmp_path / "whole", few, **options)
     due = tree(tmp_path / "whole")
     assert f"data-1/{'data' if kind == 'sparse' else 'values'}-00001.npy" in due
-    for step in range(1, 400, 9):
+    for step in range(1, 400, 13):
         path = tmp_path / f"{step}"
 
         def work(path: Path = path, step: int = step) -> None:
@@ -200,11 +209,9 @@ def test_half_precision(kind: str, tmp_path: Path, expected: dict[str, Any]) -> 
         embed(kind, tmp_path / "large", dtype="float16", scale=1e7)
 
 
-def test_search_is_exact(tmp_path: Path, expected: dict[str, Any]) -> None:
+def test_search_is_exact(stores: Path, expected: dict[str, Any]) -> None:
     """Sparse rows by dot product, vectors of tokens by MaxSim; queries as their embedder gives them."""
-    for kind in KINDS:
-        embed(kind, tmp_path / kind)
-    sparse, vectors = open_store(tmp_path / "sparse"), open_store(tmp_path / "multi_vector")
+    sparse, vectors = open_store(stores / "sparse"), open_store(stores / "multi_vector")
     asked = expected["sparse"][[7, 200, 7]]
     for max_bytes in (1 << 25, 200):
         found = sparse.search(asked, k=5, max_bytes=max_bytes)
@@ -217,11 +224,9 @@ def test_search_is_exact(tmp_path: Path, expected: dict[str, Any]) -> None:
     np.testing.assert_array_equal(vectors.search(expected["multi_vector"][7], k=3).positions[0], found.positions[0][:3])
 
 
-def test_what_is_refused(tmp_path: Path, expected: dict[str, Any]) -> None:
+def test_what_is_refused(tmp_path: Path, stores: Path, expected: dict[str, Any]) -> None:
     """Each with the remedy: other embedders, options, metrics, queries, exports, and a store of another kind."""
-    for kind in KINDS:
-        embed(kind, tmp_path / kind)
-    sparse, vectors = open_store(tmp_path / "sparse"), open_store(tmp_path / "multi_vector")
+    sparse, vectors = open_store(stores / "sparse"), open_store(stores / "multi_vector")
     for call, message in (
         (lambda: embed("hybrid", tmp_path / "x"), "a store holds rows of one kind: make one with Embedder, SparseEmbedder"),
         (lambda: embed("reranker", tmp_path / "x"), "give an Embedder, SparseEmbedder or MultiVectorEmbedder"),
@@ -237,7 +242,7 @@ def test_what_is_refused(tmp_path: Path, expected: dict[str, Any]) -> None:
         with pytest.raises(ConfigError, match="(?s)" + message.replace("(", r"\(").replace(")", r"\)")):
             call()
     with pytest.raises(StoreError, match="kind: the store has 'sparse', this run has 'multi_vector'"):
-        embed("multi_vector", tmp_path / "sparse")
+        embed("multi_vector", stores / "sparse")
 
 
 def test_a_store_of_the_first_version(tmp_path: Path) -> None:
