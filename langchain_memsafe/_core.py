@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import os
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from typing_extensions import Self
 
-from memsafe import MemoryPolicy, in_thread
+from memsafe import MemoryPolicy, PerProcess
 
 
 def is_overridden(instance: object, sync: Callable[..., Any], name: str) -> bool:
@@ -20,34 +18,13 @@ def is_overridden(instance: object, sync: Callable[..., Any], name: str) -> bool
     return inspect.getattr_static(type(instance), name) is not sync
 
 
-class SharedCore:
-    """A core object, built once, whoever asks first. Copies share it, pickles leave it behind.
+class SharedCore(PerProcess[Any]):
+    """A core object, built once a process, whoever asks first. Copies share it, pickles leave it behind.
 
-    Thread-safe. A forked child builds its own: threads and device contexts do not survive a fork.
+    device: what it was built on, in the words of whoever built it.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._core: Any = None
-        self.device: Any = None
-        """What the core object was built on, in the words of whoever built it."""
-        self._pid = os.getpid()
-
-    def get(self, build: Callable[[], Any]) -> Any:
-        """Return the core object; `build` makes it if this process has none. What `build` raises is not kept."""
-        if self._pid != os.getpid():  # the parent may have forked while another thread held the lock
-            self._lock, self._core, self._pid = threading.Lock(), None, os.getpid()
-        if self._core is None:
-            with self._lock:
-                if self._core is None:
-                    self._core = build()
-        return self._core
-
-    async def aget(self, build: Callable[[], Any]) -> Any:
-        """As :meth:`get`, without blocking the event loop while a model is loaded."""
-        if self._core is not None and self._pid == os.getpid():
-            return self._core
-        return await in_thread(self.get, build)
+    device: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedCore:
         return self

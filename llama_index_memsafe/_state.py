@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import os
 import pickle
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 from pydantic_core import PydanticUndefined
 
-from memsafe import ConfigError, in_thread
+from memsafe import ConfigError, PerProcess
 
 __all__ = ["CoreHolder", "Reloadable", "is_overridden"]
 
@@ -28,39 +26,28 @@ _SHARED_SERVICES = ("callback_manager", "embeddings_cache", "rate_limiter")
 class CoreHolder(Generic[Core]):
     """Builds ``build(**settings)`` on first use, once per process, and hands the same object to every thread.
 
-    A pickled or deep-copied holder carries the settings and builds its own object when it is first used. In a forked
-    child the parent's object is unusable (its worker threads did not survive the fork), so the child builds its own.
+    A pickled or deep-copied holder carries the settings and builds its own object when it is first used.
     """
 
     def __init__(self, build: Callable[..., Core], settings: dict[str, Any]) -> None:
-        self.build = build
-        self.settings = settings
-        self._forget()
+        self.build, self.settings = build, settings
+        self._shared: PerProcess[Core] = PerProcess()
 
-    def _forget(self) -> None:
-        self._core: Core | None = None
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
+    def _build(self) -> Core:
+        return self.build(**self.settings)
 
     @property
     def loaded(self) -> bool:
         """Whether :meth:`get` would return at once."""
-        return self._core is not None and self._pid == os.getpid()
+        return self._shared.loaded
 
     def get(self) -> Core:
         """The core object. The first call may take seconds and raises what loading a model raises."""
-        if self._pid != os.getpid():
-            # Keep a reference: finalising the parent's object here could wait for threads that do not exist.
-            self._inherited = self._core
-            self._forget()
-        with self._lock:
-            if self._core is None:
-                self._core = self.build(**self.settings)
-            return self._core
+        return self._shared.get(self._build)
 
     async def aget(self) -> Core:
         """As :meth:`get`; loading happens in a thread, so that the event loop stays free."""
-        return self.get() if self.loaded else await in_thread(self.get)
+        return await self._shared.aget(self._build)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CoreHolder[Core]:
         return CoreHolder(self.build, dict(self.settings))
@@ -69,9 +56,7 @@ class CoreHolder(Generic[Core]):
         return {"build": self.build, "settings": _pickled(self.settings)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.build = state["build"]
-        self.settings = _unpickled(state["settings"])
-        self._forget()
+        CoreHolder.__init__(self, state["build"], _unpickled(state["settings"]))
 
 
 class Reloadable:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from memsafe.calls import in_thread as in_thread
     from memsafe.corpus import CorpusProgress, CorpusReport, Neighbours, Store, embed_corpus, open_store
     from memsafe.embedder import Embedder, EmbeddingRun
-    from memsafe.handle import EmbedBatches, embed_ray_dataset
+    from memsafe.handle import EmbedBatches, PerProcess, embed_ray_dataset
     from memsafe.hybrid import HybridEmbedder, HybridRun
     from memsafe.multi_vector import LateInteractionReranker, MultiVectorEmbedder, MultiVectorRun
     from memsafe.ragged import RaggedArray
@@ -83,6 +83,7 @@ __all__ = [
     "MultiVectorEmbedder",
     "MultiVectorRun",
     "Neighbours",
+    "PerProcess",
     "RaggedArray",
     "RankedDocument",
     "Recording",
@@ -107,7 +108,7 @@ _LATER |= dict.fromkeys(
     ("CorpusProgress", "CorpusReport", "Neighbours", "Store", "embed_corpus", "open_store"), "corpus"
 )
 _LATER |= {"in_thread": "calls"}  # no public name: for the adapters, which come in by this door only
-_LATER |= {"CacheFile": "stores.cache", "EmbedBatches": "handle", "embed_ray_dataset": "handle"}
+_LATER |= {"CacheFile": "stores.cache", **dict.fromkeys(("EmbedBatches", "PerProcess", "embed_ray_dataset"), "handle")}
 _LATER |= {"Recording": "recording"}
 _LATER |= {"RankedDocument": "reranker", "RerankRun": "reranker", "Reranker": "reranker"}
 _LATER |= {"SparseEmbedder": "sparse", "SparseRun": "sparse", "HybridEmbedder": "hybrid", "HybridRun": "hybrid"}

@@ -145,6 +145,10 @@ def search(
     from memsafe.embedder import Embedder
 
     opened = open_store(store)
+    if opened.kind != "dense":
+        raise ConfigError(
+            f"{store} holds {opened.kind} rows, and this command searches dense ones; use open_store({str(store)!r}).search from Python"
+        )
     info = opened.info
     settings = {"dtype": info["model"]["dtype"], "max_length": info["model"]["max_length"]}
     name = model or str(info["made_with"].get("model"))

@@ -3,6 +3,8 @@
 report = embed_corpus(embedder, "passages.jsonl", "passages.store")     # again after a crash: goes on
 store = open_store("passages.store")
 nearest = store.search(embedder.embed_queries(["which birds are tall?"]), k=5)
+
+The embedder may be a SparseEmbedder or a MultiVectorEmbedder: rows, files and search are then of that kind.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from memsafe import inputs
+from memsafe.calls import Model
 from memsafe.corpus_run import CorpusRun
 from memsafe.embedder import Embedder
 from memsafe.errors import ConfigError, InputError
+from memsafe.multi_vector import MultiVectorEmbedder
+from memsafe.sparse import SparseEmbedder
 from memsafe.stores.manifest import Header
 from memsafe.stores.reader import Store, Verification, open_store
 from memsafe.stores.reports import CorpusProgress, CorpusReport
@@ -32,8 +37,14 @@ _SHARD_BYTES = 1 << 30
 _BLOCK_CHARS = 1 << 24
 
 
+_KINDS = {"embedding": "dense", "sparse": "sparse", "multi_vector": "multi_vector"}
+"""What a store's rows are, by what embedders call themselves."""
+_NOT_OPTIONS = ("model", "dtype", "max_length", "dimension", "precision")
+"""Of an identity: what the manifest keeps elsewhere."""
+
+
 def embed_corpus(
-    embedder: Embedder,
+    embedder: Embedder | SparseEmbedder | MultiVectorEmbedder,
     source: Any,
     path: str | os.PathLike[str],
     *,
@@ -62,6 +73,7 @@ def embed_corpus(
     memory suffices for micro-batches of `fixed_tokens` tokens.
 
     Args:
+        embedder: its rows are what the store holds: dense ones, sparse ones, or a vector for every token.
         source: an iterable of texts, of (id, text) or of dicts; the path of a ``.jsonl``, ``.txt`` (a text a line; both may be
             gzipped), ``.parquet``, ``.arrow`` or ``.feather`` file; a folder of text files (ids are their paths); an Arrow table or
             reader; a Hugging Face Dataset. It is read once and must give the same texts in the same order if a run is to go on.
@@ -91,7 +103,9 @@ def embed_corpus(
             (``differences``), is being written by another process, or cannot be written. ConfigError: an option is unknown.
             InputTooLargeError: a text does not fit alone. Whichever it is, finished blocks stay.
     """
-    _check(dtype, options)
+    kind_of_rows = _check(embedder, dtype, options)
+    if kind_of_rows == "multi_vector":
+        options["precision"] = "float32"  # dtype says what is kept
     started = time.perf_counter()
     folder = Path(path)
     opened = open_source(source, text, id)
@@ -107,10 +121,11 @@ def embed_corpus(
         dimension=identity["dimension"],
         ids="positions" if first.ids is None else type(first.ids[0]).__name__,
         model={"content": identity["model"], "dtype": identity["dtype"], "max_length": identity["max_length"]},
-        options={name: identity[name] for name in ("kind", "prompt", "normalize", "model_options")},
+        options={name: value for name, value in identity.items() if name not in _NOT_OPTIONS},
         source=opened.description,
         layout=layout,
         made_with=_made_with(embedder),
+        kind=kind_of_rows,
     )
     with (
         StoreWriter(folder, header, shard_bytes=layout["shard_bytes"], update=update) as writer,
@@ -128,16 +143,28 @@ def embed_corpus(
         return run.go(chain([first], reading))
 
 
-def _check(dtype: str, options: Mapping[str, Any]) -> None:
+def _check(embedder: Any, dtype: str, options: Mapping[str, Any]) -> str:
+    """What the rows will be."""
+    kind = getattr(embedder, "_kind", None)
+    if kind == "hybrid":
+        raise ConfigError(
+            "embedder: got a HybridEmbedder; a store holds rows of one kind: make one with Embedder, SparseEmbedder and "
+            "MultiVectorEmbedder each"
+        )
+    if kind not in _KINDS:
+        raise ConfigError(
+            f"embedder: got a {type(embedder).__name__}; give an Embedder, SparseEmbedder or MultiVectorEmbedder"
+        )
     if dtype not in ("float32", "float16"):
         raise ConfigError(f"dtype: got {dtype!r}; choose 'float32' or 'float16'")
     for name in ("precision", "warn"):
         if name in options:
             raise ConfigError(f"{name}: not an option of a corpus; rows are kept as float32 or float16 (dtype)")
+    return _KINDS[kind]
 
 
 def _layout(
-    embedder: Embedder,
+    embedder: Model,
     folder: Path,
     block_texts: int | None,
     shard_bytes: int,
@@ -160,7 +187,7 @@ def _layout(
     return layout
 
 
-def _made_with(embedder: Embedder) -> dict[str, Any]:
+def _made_with(embedder: Model) -> dict[str, Any]:
     """For the reader of the manifest; a run that goes on need not share it."""
     model = embedder._engine.model
     versions = {name: importlib.import_module(name).__version__ for name in ("memsafe", "torch", "transformers")}

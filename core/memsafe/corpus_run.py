@@ -16,9 +16,12 @@ import numpy as np
 from memsafe.embedder import Embedder
 from memsafe.errors import CancelledError, ConfigError, InputError, InputTooLargeError, StoreError
 from memsafe.events import RunReport
+from memsafe.multi_vector import MultiVectorEmbedder
+from memsafe.sparse import SparseEmbedder
 from memsafe.stores.known import KnownRows, SeenIds
 from memsafe.stores.reader import Store
 from memsafe.stores.reports import CorpusProgress, CorpusReport, Totals
+from memsafe.stores.segments import Rows, as_stored, in_dtype, lost_row, placed
 from memsafe.stores.shards import Array, checksum, id_lines, text_digests
 from memsafe.stores.sources import Source, Window
 from memsafe.stores.writer import StoreWriter
@@ -31,14 +34,13 @@ _AT_ONCE = 2
 
 @dataclass
 class _Block:
-    """A block under way. rows: what was known of it, (texts, dim), the rest yet to be filled; None if nothing was. missing: places
-    of what is computed."""
+    """A block under way. known: (places, rows) of what was known of it. missing: places of what is computed."""
 
     window: Window
     digests: Array
-    rows: Array | None
+    known: list[tuple[Array, Rows]]
     missing: list[int]
-    future: Future[tuple[Array, RunReport]] | None = None
+    future: Future[tuple[Rows, RunReport]] | None = None
 
 
 class CorpusRun:
@@ -46,7 +48,7 @@ class CorpusRun:
 
     def __init__(
         self,
-        embedder: Embedder,
+        embedder: Embedder | SparseEmbedder | MultiVectorEmbedder,
         writer: StoreWriter,
         source: Source,
         options: Mapping[str, Any],
@@ -125,16 +127,16 @@ class CorpusRun:
         self._say()
 
     def _begin(self, window: Window, digests: Array, pool: ThreadPoolExecutor) -> None:
-        rows, missing = self._reusable(window, digests)
-        block = _Block(window, digests, rows, missing)
+        known, missing = self._reusable(window, digests)
+        block = _Block(window, digests, known, missing)
         if missing:
-            texts = window.texts if rows is None else [window.texts[place] for place in missing]
+            texts = [window.texts[place] for place in missing]
             block.future = pool.submit(self._compute, texts)
         self._under_way.append(block)
 
-    def _compute(self, texts: list[str]) -> tuple[Array, RunReport]:
+    def _compute(self, texts: list[str]) -> tuple[Rows, RunReport]:
         run = self._embedder.run(texts, **self._options, progress=self._count)
-        return run.embeddings, run.report
+        return as_stored(run.embeddings), run.report
 
     def _count(self, texts: int) -> None:
         """Of micro-batches, as they end; in a lane's thread."""
@@ -149,18 +151,14 @@ class CorpusRun:
         if not self._under_way:
             return
         block = self._under_way[0]
-        rows, window = block.rows, block.window
+        window, parts = block.window, list(block.known)
         tokens = truncated = 0
         if block.future is not None:
             try:
                 computed, report = block.future.result()
             except (InputError, InputTooLargeError) as error:
                 raise self._placed(error, block) from error
-            computed = self._converted(computed, block)
-            if rows is None:
-                rows = computed
-            else:
-                rows[block.missing] = computed
+            parts.append((np.asarray(block.missing), self._converted(computed, block)))
             if report.truncated and not self._totals.truncated:  # once, not once a block
                 length = self._embedder.max_length or 0
                 warnings.warn(
@@ -172,52 +170,44 @@ class CorpusRun:
             with self._lock:
                 self._flying = max(self._flying - report.distinct_texts, 0)
         self._under_way.popleft()
-        if rows is None:
-            raise StoreError("a block without rows", path=str(self._writer.path))
-        self._writer.write(window, rows, block.digests, tokens=tokens, truncated=truncated)
+        self._writer.write(window, placed(parts), block.digests, tokens=tokens, truncated=truncated)
         self._done += len(window.texts)
         self._totals.computed += len(block.missing)
         self._totals.reused += len(window.texts) - len(block.missing)
         self._say()
 
-    def _converted(self, rows: Array, block: _Block) -> Array:
+    def _converted(self, rows: Rows, block: _Block) -> Rows:
         """`rows` in the store's dtype, if it can hold them."""
-        dtype = np.dtype(self._writer.manifest.header.dtype)
-        with np.errstate(over="ignore"):
-            converted = rows.astype(dtype, copy=False)
-        if dtype != rows.dtype:
-            lost = np.flatnonzero((~np.isfinite(converted) & np.isfinite(rows)).any(axis=1))
-            if len(lost):
-                position = block.window.start + block.missing[int(lost[0])]
-                raise ConfigError(
-                    f"dtype: {self._source.where(position)} has a row that float16 cannot hold (beyond 65,504); take float32, or "
-                    "normalize=True"
-                )
+        converted = in_dtype(rows, self._writer.manifest.header.dtype)
+        lost = lost_row(rows, converted)
+        if lost is not None:
+            position = block.window.start + block.missing[lost]
+            raise ConfigError(
+                f"dtype: {self._source.where(position)} has a row that float16 cannot hold (beyond 65,504); take float32, or "
+                "normalize=True"
+            )
         return converted
 
     # updates
 
-    def _reusable(self, window: Window, digests: Array) -> tuple[Array | None, list[int]]:
-        """Rows that are known, and the places of those that are not."""
-        if self._base is None and self._broken is None:
-            return None, list(range(len(window.texts)))
-        for known in (self._broken, self._base):  # what was broken off had taken, or computed, whole blocks already
-            rows = None if known is None else known.same_block(window, digests)
+    def _reusable(self, window: Window, digests: Array) -> tuple[list[tuple[Array, Rows]], list[int]]:
+        """(places, rows) that are known, and the places of those that are not."""
+        everywhere = np.arange(len(window.texts))
+        for each in (self._broken, self._base):  # what was broken off had taken, or computed, whole blocks already
+            rows = None if each is None else each.same_block(window, digests)
             if rows is not None:
                 if self._base is not None:
                     self._base.find(digests)  # so that they do not count as dropped
-                return rows, []
+                return [(everywhere, rows)], []
         self._diverged |= self._broken is not None and window.number < self._broken.num_blocks
-        header = self._writer.manifest.header
-        rows = np.zeros((len(window.texts), header.dimension), header.dtype)
-        left = np.arange(len(window.texts))
+        known, left = [], everywhere
         # What was broken off knows nothing more, if its source was this one; and then what is computed together stays the same.
-        for known in (self._base, self._broken if self._diverged else None):
-            if known is not None:
-                found = known.find(digests[left])
-                rows[left[found >= 0]] = known.rows(found[found >= 0])
+        for each in (self._base, self._broken if self._diverged else None):
+            if each is not None and len(left):
+                found = each.find(digests[left])
+                known.append((left[found >= 0], each.rows(found[found >= 0])))
                 left = left[found < 0]
-        return rows, left.tolist()
+        return [part for part in known if len(part[0])], left.tolist()
 
     # what is wrong
 
@@ -240,7 +230,7 @@ class CorpusRun:
         for position, other in enumerate(earlier):
             if other == name and position < window.start + place:
                 return position
-        for block in (*self._under_way, _Block(window, np.empty(0), None, [])):
+        for block in (*self._under_way, _Block(window, np.empty(0), [], [])):
             for at, other in enumerate(block.window.ids or []):
                 if other == name and block.window.start + at < window.start + place:
                     return block.window.start + at

@@ -16,6 +16,7 @@ from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError, InputError
 from memsafe.events import EventHook, RunReport
 from memsafe.long_documents import EMBEDDING, MAX_WINDOWS, check, check_spans, prepare_chunks, weighted
+from memsafe.texts import identity_of
 
 __all__ = ["Embedder", "EmbeddingRun"]
 
@@ -230,22 +231,10 @@ class Embedder(Model):
         may be kept under it. ``model`` is a digest of what the model holds, so that a folder that moves stays the same model
         and one that is trained further does not; ``dimension``: of a row.
         """
-        from memsafe.models import sbert
-
         call = self._call(options)
-        given, model = call.options, self._engine.model
-        try:
-            prompt = sbert.resolve_prompt(self.model, given.prompt, given.prompt_name, given.kind)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
         width = self.dimension
         return {
-            "model": model.content,
-            "dtype": model.dtype_name,
-            "max_length": self.max_length,
-            "kind": given.kind,
-            "prompt": prompt or "",
-            "model_options": {name: str(value) for name, value in sorted(given.model.items())},
+            **identity_of(self, call.options),
             "normalize": bool(call.normalize),
             "precision": call.precision,
             "dimension": width if call.truncate_dim is None else min(width, call.truncate_dim),

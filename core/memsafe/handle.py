@@ -10,20 +10,57 @@ import importlib
 import os
 import pickle
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from memsafe.calls import in_thread
 from memsafe.config import MemoryPolicy
 from memsafe.embedder import Embedder
 from memsafe.errors import ConfigError, InputError, MissingExtraError
 
-__all__ = ["EmbedBatches", "embed_ray_dataset"]
+__all__ = ["EmbedBatches", "PerProcess", "embed_ray_dataset"]
 
-_lock = threading.Lock()
-_loaded: dict[tuple[int, bytes], Embedder] = {}
-"""By process and settings: callables of one process that want the same model share it."""
+_Made = TypeVar("_Made")
+
+
+class PerProcess(Generic[_Made]):
+    """What is made once in each process, such as a loaded model, by whoever asks first. Thread-safe.
+
+    A forked child makes its own: threads and device contexts do not survive a fork.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._made: _Made | None = None
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    @property
+    def loaded(self) -> bool:
+        """Whether :meth:`get` would return at once."""
+        return self._made is not None and self._pid == os.getpid()
+
+    def get(self, make: Callable[[], _Made]) -> _Made:
+        """What `make` makes, if this process has none; what it raises is not kept. May take seconds."""
+        if self._pid != os.getpid():  # the parent may have forked while another thread held the lock
+            self._inherited = self._made  # kept: to finalise the parent's could wait for threads that do not exist
+            self._forget()
+        with self._lock:
+            if self._made is None:
+                self._made = make()
+            return self._made
+
+    async def aget(self, make: Callable[[], _Made]) -> _Made:
+        """As :meth:`get`; made in a thread, so that the event loop stays free."""
+        return self.get(make) if self.loaded else await in_thread(self.get, make)
+
+
+_loaded: dict[bytes, PerProcess[Embedder]] = {}
+"""By settings: callables of one process that want the same model share it."""
 
 
 class EmbedBatches:
@@ -68,11 +105,8 @@ class EmbedBatches:
     @property
     def embedder(self) -> Embedder:
         """The model of this process, loaded if it is not there yet."""
-        key = os.getpid(), pickle.dumps(self._settings)
-        with _lock:
-            if key not in _loaded:
-                _loaded[key] = Embedder(**self._settings)
-            return _loaded[key]
+        shared = _loaded.setdefault(pickle.dumps(self._settings), PerProcess())
+        return shared.get(lambda: Embedder(**self._settings))
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """`batch` (columns by name, each a list or an array) with the rows of its texts."""

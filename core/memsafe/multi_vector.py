@@ -102,6 +102,14 @@ class MultiVectorEmbedder(TextModel[MultiVectorRun]):
         """Width of a vector."""
         return self.embed_documents(["a"]).dim
 
+    def _decisive(self, options: dict[str, Any]) -> dict[str, Any]:
+        normalize, precision = options.get("normalize"), options.get("precision")
+        return {
+            "normalize": bool(self._normalize if normalize is None else normalize),
+            "precision": self._precision if precision is None else precision,
+            "dimension": self.dimension,
+        }
+
     def _keep(self, options: dict[str, Any]) -> Callable[[Any], Any] | None:
         given = options.pop("normalize", None), options.pop("precision", None)
         normalize = self._normalize if given[0] is None else given[0]

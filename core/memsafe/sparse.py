@@ -104,6 +104,12 @@ class SparseEmbedder(TextModel[SparseRun]):
             self._width = int(self.embed_documents(["a"]).shape[1])
         return self._width
 
+    def _decisive(self, options: dict[str, Any]) -> dict[str, Any]:
+        most = options.get("max_active_dims")
+        most = self._most if most is None else most
+        known = getattr(self.model, "max_active_dims", None)
+        return {"max_active_dims": known if most is None else most, "dimension": self.dimension}
+
     def _keep(self, options: dict[str, Any]) -> Callable[[Any], Any] | None:
         given = _check_most(options.pop("max_active_dims", None))
         most = self._most if given is None else given

@@ -7,9 +7,10 @@ from typing import Any, Generic, TypeVar
 
 from memsafe import inputs
 from memsafe.calls import Model, Options, in_thread
+from memsafe.errors import ConfigError
 from memsafe.events import RunReport
 
-__all__ = ["TextModel"]
+__all__ = ["TextModel", "identity_of"]
 
 _Run = TypeVar("_Run")
 
@@ -44,6 +45,17 @@ class TextModel(Model, Generic[_Run]):
         rows, report = await self._arun(inputs.check_texts(texts), call, _as_it_is, keep=keep)
         return await in_thread(self._finish, rows, report)
 
+    def identity(self, **options: Any) -> dict[str, Any]:
+        """What decides the rows of a call with these options of :meth:`run`, beside the texts: as
+        :meth:`memsafe.Embedder.identity`, and the options of the class."""
+        own = self._decisive(options)
+        self._keep(options)
+        return {**identity_of(self, Options.of(options, self._model_options)), **own}
+
+    def _decisive(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Of a call's options those of the class that decide its rows, and ``dimension``; ready for JSON."""
+        raise NotImplementedError
+
     def _call(self, options: dict[str, Any]) -> tuple[Options, Callable[[Any], Any] | None]:
         keep = self._keep(options)
         if options.get("show_progress") is None:
@@ -58,6 +70,25 @@ class TextModel(Model, Generic[_Run]):
     def _finish(self, rows: Any, report: RunReport) -> _Run:
         """rows: None if there was no text."""
         raise NotImplementedError
+
+
+def identity_of(model: Model, given: Options) -> dict[str, Any]:
+    """What decides rows of `model`, whatever they are, beside the texts."""
+    from memsafe.models import sbert
+
+    loaded = model._engine.model
+    try:
+        prompt = sbert.resolve_prompt(model.model, given.prompt, given.prompt_name, given.kind)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return {
+        "model": loaded.content,
+        "dtype": loaded.dtype_name,
+        "max_length": model.max_length,
+        "kind": given.kind,
+        "prompt": prompt or "",
+        "model_options": {name: str(value) for name, value in sorted(given.model.items())},
+    }
 
 
 def _as_it_is(rows: Any) -> Any:

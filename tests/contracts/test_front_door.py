@@ -39,6 +39,7 @@ PUBLIC = {
         "MultiVectorEmbedder",
         "MultiVectorRun",
         "Neighbours",
+        "PerProcess",
         "RaggedArray",
         "RankedDocument",
         "Recording",

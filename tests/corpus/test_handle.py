@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memsafe import ConfigError, EmbedBatches, Embedder, InputError, MemoryPolicy, embed_ray_dataset
-from tests.corpus.helpers import made_texts
+from memsafe import ConfigError, EmbedBatches, Embedder, InputError, MemoryPolicy, PerProcess, embed_ray_dataset
+from tests.corpus.helpers import in_child, made_texts, needs_fork
 from tests.tiny_models import save_embedder
 
 TEXTS = [text[:60] for text in made_texts(40)]
@@ -57,6 +58,24 @@ def test_it_travels_as_settings(model: str, rows: Any) -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         found = pool.submit(handle, {"text": TEXTS}).result()
     np.testing.assert_allclose(found["embedding"], rows, atol=1e-6)
+
+
+@needs_fork
+def test_a_child_forked_while_the_model_loads() -> None:
+    """It makes its own, and never waits for the parent's lock, whose holder it lacks."""
+    shared: PerProcess[int] = PerProcess()
+    begun, go_on = threading.Event(), threading.Event()
+    loading = threading.Thread(target=lambda: shared.get(lambda: (begun.set(), go_on.wait(), os.getpid())[2]))
+    loading.start()
+    begun.wait()
+
+    def work() -> None:
+        assert shared.get(os.getpid) == os.getpid()
+
+    assert in_child(work, kill_after_s=20) == 0
+    go_on.set()
+    loading.join()
+    assert shared.loaded and shared.get(lambda: -1) == os.getpid()
 
 
 def test_datasets_map(model: str, rows: Any) -> None:
@@ -132,3 +151,59 @@ def test_numbers_of_ray_are_checked(name: str, value: Any, model: str, tmp_path:
     pytest.importorskip("ray.data", reason="needs Ray")
     with pytest.raises(ConfigError, match=name):
         embed_ray_dataset(None, tmp_path, model, **{name: value})
+
+
+def test_daft(model: str, rows: Any) -> None:
+    """As a function of batches for Daft, which hands it one column."""
+    daft = pytest.importorskip("daft", reason="needs Daft")
+    embed = EmbedBatches(model, device="cpu", memory=POLICY)
+
+    @daft.func.batch(return_dtype=daft.DataType.embedding(daft.DataType.float32(), 32), batch_size=16)
+    def embedded(texts: Any) -> Any:
+        return embed({"text": texts.to_pylist()})["embedding"]
+
+    frame = daft.from_pydict({"id": list(range(40)), "text": TEXTS})
+    found = frame.with_column("embedding", embedded(frame["text"])).to_pydict()
+    assert found["id"] == list(range(40))
+    np.testing.assert_allclose(np.stack(found["embedding"]), rows, atol=1e-6)
+
+
+SHARED = """
+import json, os, sys
+import ray
+from memsafe import EmbedBatches, MemoryPolicy
+
+model = sys.argv[1]
+
+@ray.remote(num_cpus=1)
+class Actor:
+    def __init__(self, limit):
+        self.embed = EmbedBatches(model, device="cpu", memory=MemoryPolicy(limit=limit, learn=False))
+
+    def work(self, texts):
+        run = self.embed.embedder.run(texts)
+        report = run.report
+        return os.getpid(), self.embed.embedder.memory.limit, run.embeddings, report.out_of_memory, report.measured_peak_bytes
+
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+texts = [f"text {number} " * (1 + number % 200) for number in range(400)]
+actors = [Actor.remote(limit) for limit in ("160MiB", "320MiB")]
+small, large = ray.get([actor.work.remote(texts) for actor in actors])
+print(json.dumps([small[0] != large[0], [small[1], large[1]], float(abs(small[2] - large[2]).max()),
+                  len(small[2]), [small[3], large[3]], [small[4], large[4]]]))
+"""
+
+
+@pytest.mark.timeout(900)
+def test_two_ray_actors_share_a_device(model: str, tmp_path: Path) -> None:
+    """Each with a memory policy of its own, at the same time on one device: both finish, with the same rows."""
+    pytest.importorskip("ray", reason="needs Ray")
+    script = tmp_path / "script.py"
+    script.write_text(SHARED)
+    done = subprocess.run([sys.executable, str(script), model], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith(("[true", "[false"))))
+    apart, limits, difference, count, out_of_memory, peaks = found
+    assert apart and limits == ["160MiB", "320MiB"] and count == 400
+    assert difference < 1e-5 and out_of_memory == [0, 0]
+    assert 0 < peaks[0] < 160 << 20 and 0 < peaks[1] < 320 << 20

@@ -329,12 +329,12 @@ def test_a_store_of_a_newer_version(tmp_path: Path) -> None:
     path = tmp_path / "store"
     embed(path)
     first, rest = (path / "manifest.jsonl").read_text().split("\n", 1)
-    text = first.rpartition(', "crc"')[0].replace('"schema": 1', '"schema": 2') + "}"
+    text = first.rpartition(', "crc"')[0].replace('"schema": 2', '"schema": 3') + "}"
     crc = zlib.crc32(text.encode())
     (path / "manifest.jsonl").write_text(f'{text[:-1]}, "crc": {crc}}}\n{rest}')
     before = tree(path)
     for attempt in (lambda: open_store(path), lambda: embed(path), lambda: embed(path, update=True)):
-        with pytest.raises(StoreError, match=r"a store of version 2; this memsafe reads up to 1"):
+        with pytest.raises(StoreError, match=r"a store of version 3; this memsafe reads up to 2"):
             attempt()
     assert tree(path) == before
 

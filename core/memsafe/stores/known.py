@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from memsafe.stores.manifest import Block, Manifest
 from memsafe.stores.reader import Store
-from memsafe.stores.shards import TEXT_BYTES, Array, Id, checksum, id_lines
+from memsafe.stores.segments import Rows
+from memsafe.stores.shards import TEXT_BYTES, Array, Id, checksum, id_lines, rows_sum
 from memsafe.stores.sources import Window
+from memsafe.stores.views import StoredRows
 
 __all__ = ["KnownRows", "SeenIds"]
 
@@ -49,10 +51,12 @@ class KnownRows:
     def num_blocks(self) -> int:
         return len(self._blocks)
 
-    def rows(self, places: NDArray[np.int64]) -> Array:
-        return self._store.rows[places]
+    def rows(self, places: NDArray[np.int64] | slice) -> Rows:
+        """Those at `places`, as they are stored."""
+        rows = self._store.rows
+        return rows[places] if isinstance(rows, StoredRows) else rows.segments(places)
 
-    def same_block(self, window: Window, texts: Array) -> Array | None:
+    def same_block(self, window: Window, texts: Array) -> Rows | None:
         """The rows of block `window.number`, if it was made of the very same texts and ids; else None."""
         if window.number >= len(self._blocks):
             return None
@@ -63,7 +67,7 @@ class KnownRows:
         if not self._is_good(window.number):
             return None
         start = int(self._first[window.number])
-        return self._store.rows[start : start + block.rows]
+        return self.rows(slice(start, start + block.rows))
 
     def dropped(self) -> int:
         """How many rows are of texts that were not asked for."""
@@ -88,8 +92,7 @@ class KnownRows:
         if number not in self._good:
             block: Block = self._blocks[number]
             start = int(self._first[number])
-            rows = np.ascontiguousarray(self._store.rows[start : start + block.rows])
-            self._good[number] = checksum(rows) == block.rows_sum
+            self._good[number] = rows_sum(self.rows(slice(start, start + block.rows))) == block.rows_sum
         return self._good[number]
 
 

@@ -17,7 +17,7 @@ from memsafe.errors import StoreError
 
 __all__ = ["SCHEMA", "Block", "Header", "Manifest", "differences", "sync_folder"]
 
-SCHEMA = 1
+SCHEMA = 2
 NAME = "manifest.jsonl"
 
 
@@ -25,8 +25,10 @@ NAME = "manifest.jsonl"
 class Header:
     """The first line.
 
-    folder: where the files are, beside the manifest. dtype: "float32" or "float16". ids: "positions", or of which type they were given: "str", "int". model,
-    options, source, layout: what a run that goes on must share. made_with: for the reader of it.
+    folder: where the files are, beside the manifest. dtype: "float32" or "float16". dimension: of a dense row, of a vector of a
+    token, or of the vocabulary. ids: "positions", or of which type they were given: "str", "int". model, options, source, layout:
+    what a run that goes on must share. made_with: for the reader of it. kind: "dense", "sparse" or "multi_vector"; stores of
+    version 1 are dense.
     """
 
     folder: str
@@ -39,6 +41,7 @@ class Header:
     layout: dict[str, Any]
     made_with: dict[str, Any]
     schema: int = SCHEMA
+    kind: str = "dense"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Block:
     """Rows that were computed together and are on disk.
 
     shard, start: where they are. ids_bytes: of their lines. rows_sum, ids_sum, texts_sum: BLAKE2b, 32 hexadecimal digits.
-    tokens: that were computed for them. truncated: texts that were longer than the model takes.
+    tokens: that were computed for them. truncated: texts that were longer than the model takes. values: numbers of sparse rows,
+    or vectors of tokens; 0 of dense rows.
     """
 
     number: int
@@ -59,6 +63,7 @@ class Block:
     texts_sum: str
     tokens: int = 0
     truncated: int = 0
+    values: int = 0
 
 
 @dataclass
@@ -176,7 +181,7 @@ def differences(stored: Header, wanted: Header) -> list[str]:
     found: list[str] = []
     for name in ("model", "options", "source", "layout"):
         found += _differences(name, getattr(stored, name), getattr(wanted, name))
-    for name in ("dtype", "dimension", "ids"):
+    for name in ("kind", "dtype", "dimension", "ids"):
         found += _differences(name, getattr(stored, name), getattr(wanted, name))
     return found
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +14,11 @@ from memsafe.errors import ConfigError, StoreError
 from memsafe.stores import export, search
 from memsafe.stores.manifest import NAME, Block, Manifest
 from memsafe.stores.search import Neighbours
-from memsafe.stores.shards import Array, Id, Shard, checksum
+from memsafe.stores.segments import as_given
+from memsafe.stores.shards import Array, Id, Shard, checksum, rows_bytes
+from memsafe.stores.views import StoredIds, StoredRows, StoredSegments
 
-__all__ = ["Store", "StoredIds", "StoredRows", "Verification", "open_store"]
+__all__ = ["Store", "Verification", "open_store"]
 
 
 def open_store(path: str | os.PathLike[str]) -> Store:
@@ -52,22 +54,29 @@ class Store:
 
     Files are plain ones: ``<path>/<folder>/rows-00000.npy`` and so on can be read with ``numpy.load(mmap_mode="r")``, ids
     (``ids-00000.jsonl``) with ``json``. A store that is updated meanwhile stays what it was for those who have it open.
+
+    rows: all of them: a :class:`StoredRows` of dense ones, else a :class:`StoredSegments`.
     """
+
+    rows: StoredRows | StoredSegments
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self._manifest = manifest
         header = manifest.header
-        given = header.ids != "positions"
         self.shards: list[Shard] = []
         for number, blocks in enumerate(by_shard(manifest.blocks)):
-            rows, ids_bytes = sum(b.rows for b in blocks), sum(b.ids_bytes for b in blocks)
-            folder = path / header.folder
+            rows, values, ids_bytes = (
+                sum(getattr(b, name) for b in blocks) for name in ("rows", "values", "ids_bytes")
+            )
             self.shards.append(
-                Shard(folder, number, header.dtype, header.dimension, given_ids=given, rows=rows, ids_bytes=ids_bytes)
+                Shard(path / header.folder, number, header, rows=rows, values=values, ids_bytes=ids_bytes)
             )
         self._starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
-        self.rows = StoredRows(self.shards, header.dtype, header.dimension)
+        if header.kind == "dense":
+            self.rows = StoredRows(self.shards, header.dtype, header.dimension)
+        else:
+            self.rows = StoredSegments(self.shards, header)
         self._norms: list[Array] | None = None
 
     # what it is
@@ -81,7 +90,13 @@ class Store:
         return StoredIds(self.shards, self._starts) if self._manifest.header.ids != "positions" else range(len(self))
 
     @property
+    def kind(self) -> str:
+        """``"dense"``, ``"sparse"`` or ``"multi_vector"``."""
+        return self._manifest.header.kind
+
+    @property
     def dimension(self) -> int:
+        """Of a dense row, of a vector of a token; of sparse rows the vocabulary."""
         return self._manifest.header.dimension
 
     @property
@@ -102,7 +117,9 @@ class Store:
             "path": str(self.path),
             "schema": header.schema,
             "complete": self.complete,
+            "kind": self.kind,
             "rows": len(self),
+            "values": sum(block.values for block in blocks),
             "dimension": self.dimension,
             "dtype": self.dtype,
             "ids": header.ids,
@@ -122,31 +139,44 @@ class Store:
 
     def __repr__(self) -> str:
         state = "" if self.complete else ", not complete"
-        return f"Store({str(self.path)!r}: {len(self):,} rows of {self.dimension} x {self.dtype}{state})"
+        kind = "" if self.kind == "dense" else f"{self.kind} "
+        return f"Store({str(self.path)!r}: {len(self):,} {kind}rows of {self.dimension} x {self.dtype}{state})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (open_store, (str(self.path),))
 
     # reading
 
-    def iter_batches(self, max_rows: int = 4096) -> Iterator[tuple[Sequence[Id], Array]]:
-        """(ids, rows) of at most `max_rows` at a time, in order. rows: a view of the mapped file, (n, dim), read-only."""
+    def iter_batches(self, max_rows: int = 4096) -> Iterator[tuple[Sequence[Id], Any]]:
+        """(ids, rows) of at most `max_rows` at a time, in order. rows: a view of the mapped file, (n, dim), read-only; of a sparse
+        store a ``scipy.sparse.csr_array`` over such views, of vectors of tokens a :class:`RaggedArray`."""
         if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
             raise ConfigError(f"max_rows: got {max_rows!r}; give an int of at least 1")
         ids = self.ids
         for shard, first in zip(self.shards, self._starts, strict=False):
             for start in range(0, shard.rows, max_rows):
                 stop = min(start + max_rows, shard.rows)
-                yield ids[int(first) + start : int(first) + stop], shard.rows_view[start:stop]
+                yield (
+                    ids[int(first) + start : int(first) + stop],
+                    as_given(shard.rows_view[start:stop], self.kind, self.dimension),
+                )
 
-    def search(self, queries: Array, k: int = 10, *, metric: str = "cosine", max_bytes: int = 1 << 25) -> Neighbours:
+    def search(self, queries: Any, k: int = 10, *, metric: str | None = None, max_bytes: int = 1 << 25) -> Neighbours:
         """The `k` nearest rows to each query, exactly: a product of matrices over the mapped files, a block at a time.
 
-        queries: float, (queries, dim) or (dim,). metric: ``"cosine"`` or ``"dot"``. max_bytes: of rows and of scores in
-        memory at a time. Ties go to the row that comes first.
+        queries: float, (queries, dim) or (dim,); what the embedder of the store's kind gives for queries: of a sparse store a
+        ``scipy.sparse.csr_array``, of vectors of tokens a :class:`RaggedArray`, or one query's, (vectors, dim). metric:
+        ``"cosine"`` (None) or ``"dot"``; sparse rows have ``"dot"`` alone, vectors of tokens ``"maxsim"``. max_bytes: of rows and
+        of scores in memory at a time. Ties go to the row that comes first.
 
-        Raises :class:`ConfigError` for another width, metric or `k`.
+        Raises :class:`ConfigError` for another width, metric or `k`, or queries of another kind.
         """
+        if self.kind != "dense":
+            ids, batches = self.ids, (rows for _, rows in self.iter_batches(search.ROWS))
+            find = search.nearest_sparse if self.kind == "sparse" else search.nearest_vectors
+            positions, scores = find(batches, queries, k, self.dimension, metric=metric, max_bytes=max_bytes)
+            return Neighbours([[ids[int(place)] for place in row] for row in positions], positions, scores)
+        metric = "cosine" if metric is None else metric
         if metric == "cosine" and self._norms is None:
             self._norms = [search.norms(shard.rows_view, max_bytes) for shard in self.shards]
         positions, scores = search.nearest(
@@ -165,8 +195,14 @@ class Store:
         """Write all rows to `path`: ``.parquet``, or ``.arrow`` / ``.feather`` (Arrow IPC), with columns ``id`` and ``embedding``
         (a list of fixed size). A few rows at a time; returns how many. Needs the extra ``arrow``.
 
-        Raises :class:`MissingExtraError`, :class:`ConfigError` for another ending, :class:`StoreError` if it cannot be written.
+        Raises :class:`MissingExtraError`, :class:`ConfigError` for another ending or kind of rows, :class:`StoreError` if it cannot
+        be written.
         """
+        if self.kind != "dense":
+            raise ConfigError(
+                f"export: the rows are {self.kind}, and only dense ones fit a column of fixed width; read the .npy files of the "
+                "store with numpy, or iter_batches()"
+            )
         return export.export(
             self.iter_batches(max_rows), Path(path), self.dimension, self.dtype, ids=self._manifest.header.ids
         )
@@ -180,15 +216,17 @@ class Store:
         for number, blocks in enumerate(by_shard(self._manifest.blocks)):
             shard, ids_start = self.shards[number], 0
             for block in blocks:
-                rows = np.ascontiguousarray(shard.rows_view[block.start : block.start + block.rows])
-                texts = np.ascontiguousarray(shard.texts[block.start : block.start + block.rows])
+                stop = block.start + block.rows
+                texts = np.ascontiguousarray(shard.texts[block.start : stop])
                 ids = shard.id_bytes(ids_start, ids_start + block.ids_bytes)
-                found = {"rows": (rows, block.rows_sum), "texts": (texts, block.texts_sum), "ids": (ids, block.ids_sum)}
-                for name, (content, due) in found.items():
-                    if checksum(content) != due:
-                        place = f"block {block.number} (rows {first} to {first + block.rows - 1})"
-                        problems.append(f"{shard.paths[name].name}: {place} is damaged")
-                num_bytes += rows.nbytes + texts.nbytes + len(ids)
+                good = {
+                    shard.rows_names: shard.rows_are(block.start, stop, block.rows_sum),
+                    shard.paths["texts"].name: checksum(texts) == block.texts_sum,
+                    shard.paths["ids"].name: checksum(ids) == block.ids_sum,
+                }
+                place = f"block {block.number} (rows {first} to {first + block.rows - 1})"
+                problems += [f"{name}: {place} is damaged" for name, whole in good.items() if not whole]
+                num_bytes += rows_bytes(shard.rows_view[block.start : stop]) + texts.nbytes + len(ids)
                 ids_start, first = ids_start + block.ids_bytes, first + block.rows
             problems += shard.header_problems()
         return Verification(first, len(self._manifest.blocks), num_bytes, problems)
@@ -206,108 +244,3 @@ def by_shard(blocks: Sequence[Block]) -> list[list[Block]]:
             raise StoreError(f"manifest: block {block.number} does not follow the one before it")
         shards[-1].append(block)
     return shards
-
-
-class StoredRows:
-    """All rows as one array that stays on the disk: ``rows[5]``, ``rows[10:20]``, ``rows[[3, 1, 2]]``, ``numpy.asarray(rows)``.
-
-    A slice within one shard is a view of the file; whatever else is asked for is copied, and only that.
-    """
-
-    ndim = 2
-
-    def __init__(self, shards: Sequence[Shard], dtype: str, dimension: int) -> None:
-        self._arrays = [shard.rows_view for shard in shards]
-        self._starts = np.cumsum([0, *map(len, self._arrays)])
-        self.dtype, self.shape = np.dtype(dtype), (int(self._starts[-1]), dimension)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: Any) -> Array:
-        if isinstance(index, tuple):
-            return self[index[0]][
-                (slice(None), *index[1:]) if np.ndim(index[0]) or isinstance(index[0], slice) else index[1:]
-            ]
-        if isinstance(index, slice):
-            return self._slice(*index.indices(len(self)))
-        places = np.asarray(index)
-        if places.dtype == bool:
-            if places.shape != (len(self),):
-                raise IndexError(f"a mask of shape {places.shape} for {len(self)} rows")
-            places = np.flatnonzero(places)
-        if places.size and not np.issubdtype(places.dtype, np.integer):
-            raise IndexError(f"rows are chosen by ints, slices or masks, not by {places.dtype}")
-        places = places.astype(np.int64)
-        if ((places < -len(self)) | (places >= len(self))).any():
-            raise IndexError(f"row out of range; there are {len(self)}")
-        return self._take(np.where(places < 0, places + len(self), places))
-
-    def _slice(self, start: int, stop: int, step: int) -> Array:
-        if step != 1:
-            return self._take(np.arange(start, stop, step))
-        parts = [
-            array[max(start - int(first), 0) : stop - int(first)]
-            for array, first in zip(self._arrays, self._starts, strict=False)
-            if start < int(first) + len(array) and stop > int(first)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts) if parts else np.empty((0, self.shape[1]), self.dtype)
-
-    def _take(self, places: Array) -> Array:
-        taken = np.empty((*places.shape, self.shape[1]), self.dtype)
-        which = np.searchsorted(self._starts, places, side="right") - 1
-        for number in np.unique(which):
-            here = which == number
-            taken[here] = self._arrays[number][places[here] - self._starts[number]]
-        return taken
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        if copy is False:
-            raise ValueError("rows lie on the disk in several files: one array of them is a copy")
-        whole = self._slice(0, len(self), 1)
-        return np.array(whole, dtype=dtype or self.dtype)
-
-    def __repr__(self) -> str:
-        return f"StoredRows(shape={self.shape}, dtype={self.dtype})"
-
-
-class StoredIds(Sequence[Id]):
-    """Ids, read from the disk when asked for."""
-
-    def __init__(self, shards: Sequence[Shard], starts: Array) -> None:
-        self._shards, self._starts = shards, starts
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    @overload
-    def __getitem__(self, index: int) -> Id: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Id]: ...
-    def __getitem__(self, index: int | slice) -> Id | list[Id]:
-        if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            if step != 1:
-                return [self[place] for place in range(start, stop, step)]
-            return self._slice(start, stop)
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
-            raise IndexError(f"id {index} of {len(self)}")
-        return self._slice(place, place + 1)[0]
-
-    def _slice(self, start: int, stop: int) -> list[Id]:
-        found: list[Id] = []
-        for shard, first in zip(self._shards, self._starts, strict=False):
-            low, high = max(start - int(first), 0), min(stop - int(first), shard.rows)
-            if low < high:
-                found += shard.ids(low, high)
-        return found
-
-    def __iter__(self) -> Iterator[Id]:
-        for start in range(0, len(self), 4096):
-            yield from self._slice(start, min(start + 4096, len(self)))
-
-    def __repr__(self) -> str:
-        return f"StoredIds({len(self)})"

@@ -10,10 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memsafe.errors import ConfigError
+from memsafe.ragged import RaggedArray
+from memsafe.similarity import maxsim
 
-__all__ = ["Neighbours", "nearest", "norms"]
+__all__ = ["ROWS", "Neighbours", "nearest", "nearest_sparse", "nearest_vectors", "norms"]
 
 Array = NDArray[Any]
+Found = tuple[NDArray[np.int64], NDArray[np.float32]]
+ROWS = 65_536
+"""Rows of a batch that is searched at a time, where they are not of one width."""
 _EPS = np.float32(1e-12)
 
 
@@ -47,12 +52,11 @@ def nearest(
     metric: str,
     norms: Sequence[Array] | None,
     max_bytes: int,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+) -> Found:
     """(positions int64, scores float32), each (queries, k), best first. norms: lengths of the rows of each array, for "cosine"."""
     if metric not in ("cosine", "dot"):
         raise ConfigError(f"metric: got {metric!r}; choose 'cosine' or 'dot'")
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ConfigError(f"k: got {k!r}; give an int of at least 1")
+    _check_k(k)
     asked = np.atleast_2d(queries).astype(np.float32)
     if asked.ndim != 2 or asked.shape[1] != dimension:
         raise ConfigError(f"queries: got shape {np.shape(queries)}; the rows have {dimension} dimensions")
@@ -69,6 +73,65 @@ def nearest(
             best, places = _merge(best, places, scores, first + start, k)
         first += len(array)
     return places, best
+
+
+def nearest_sparse(
+    batches: Iterator[Any], queries: Any, k: int, dimension: int, *, metric: str | None, max_bytes: int
+) -> Found:
+    """As :func:`nearest`, by dot products. batches: a csr_array each. queries: a sparse array, or one of numbers."""
+    from scipy.sparse import csr_array
+
+    _check_metric(metric, "dot", "sparse")
+    _check_k(k)
+    if isinstance(queries, RaggedArray):
+        raise ConfigError(
+            "queries: got a RaggedArray; the store is sparse: give what SparseEmbedder.embed_queries gives"
+        )
+    asked = csr_array(np.atleast_2d(queries) if isinstance(queries, (np.ndarray, list)) else queries, dtype=np.float32)
+    if asked.shape[1] != dimension:
+        raise ConfigError(f"queries: got shape {asked.shape}; the rows have {dimension} columns")
+    columns, step = asked.T.tocsc(), max(max_bytes // (4 * max(asked.shape[0], 1)), 1)
+    best, places, first = np.empty((asked.shape[0], 0), np.float32), np.empty((asked.shape[0], 0), np.int64), 0
+    for rows in batches:
+        for start in range(0, rows.shape[0], step):
+            some = rows[start : start + step] if rows.shape[0] > step else rows
+            scores = (some.astype(np.float32) @ columns).toarray().T
+            best, places = _merge(best, places, scores, first + start, k)
+        first += rows.shape[0]
+    return places, best
+
+
+def nearest_vectors(
+    batches: Iterator[Any], queries: Any, k: int, dimension: int, *, metric: str | None, max_bytes: int
+) -> Found:
+    """As :func:`nearest`, by MaxSim: see :func:`memsafe.similarity.maxsim`. batches: a RaggedArray each. queries: one, or the
+    vectors of one query."""
+    _check_metric(metric, "maxsim", "of vectors of tokens")
+    _check_k(k)
+    asked = list(queries) if isinstance(queries, RaggedArray) else [np.asarray(queries)]
+    for query in asked:
+        if query.ndim != 2 or query.shape[1] != dimension:
+            raise ConfigError(
+                f"queries: got shape {query.shape}; give what MultiVectorEmbedder.embed_queries gives: vectors of {dimension}"
+            )
+    best, places, first = np.empty((len(asked), 0), np.float32), np.empty((len(asked), 0), np.int64), 0
+    for rows in batches:
+        scores = np.empty((len(asked), len(rows)), np.float32)
+        for place, query in enumerate(asked):
+            scores[place] = maxsim(query, rows, tile_bytes=max_bytes)
+        best, places = _merge(best, places, scores, first, k)
+        first += len(rows)
+    return places, best
+
+
+def _check_metric(metric: str | None, only: str, kind: str) -> None:
+    if metric not in (None, only):
+        raise ConfigError(f"metric: got {metric!r}; the store is {kind}: leave it out, or give {only!r}")
+
+
+def _check_k(k: Any) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ConfigError(f"k: got {k!r}; give an int of at least 1")
 
 
 def _merge(best: Array, places: Array, scores: Array, start: int, k: int) -> tuple[Array, Array]:

@@ -15,7 +15,8 @@ import numpy as np
 from memsafe.errors import StoreError
 from memsafe.stores.lock import WriterLock
 from memsafe.stores.manifest import NAME, Block, Header, Manifest, ManifestWriter, differences, sync_folder
-from memsafe.stores.shards import Array, ShardWriter, checksum, id_lines
+from memsafe.stores.segments import Rows, Segments
+from memsafe.stores.shards import Array, ShardWriter, checksum, id_lines, rows_bytes, rows_sum
 from memsafe.stores.sources import Window
 
 __all__ = ["StoreWriter", "layout_of"]
@@ -40,7 +41,6 @@ class StoreWriter:
 
     def __init__(self, path: Path, header: Header, *, shard_bytes: int, update: bool = False) -> None:
         self.path, self._shard_bytes = path, shard_bytes
-        self._row_bytes = header.dimension * np.dtype(header.dtype).itemsize
         self._shard: ShardWriter | None = None
         self.base: Manifest | None = None
         self.broken_off: Manifest | None = None
@@ -96,20 +96,9 @@ class StoreWriter:
     def _resume_shard(self, manifest: Manifest) -> None:
         last = manifest.blocks[-1]
         blocks = [block for block in manifest.blocks if block.shard == last.shard]
-        self._shard = self._open_shard(
-            manifest.header, last.shard, last.start + last.rows, sum(block.ids_bytes for block in blocks)
-        )
-
-    def _open_shard(self, header: Header, number: int, rows: int = 0, ids_bytes: int = 0) -> ShardWriter:
-        return ShardWriter(
-            self.path / header.folder,
-            number,
-            header.dtype,
-            header.dimension,
-            given_ids=header.ids != "positions",
-            rows=rows,
-            ids_bytes=ids_bytes,
-        )
+        rows, values, ids_bytes = (sum(getattr(b, name) for b in blocks) for name in ("rows", "values", "ids_bytes"))
+        folder = self.path / manifest.header.folder
+        self._shard = ShardWriter(folder, last.shard, manifest.header, rows=rows, values=values, ids_bytes=ids_bytes)
 
     # updates
 
@@ -151,22 +140,23 @@ class StoreWriter:
 
     # writing
 
-    def write(self, window: Window, rows: Array, texts: Array, *, tokens: int = 0, truncated: int = 0) -> Block:
-        """Put a block on the disk. rows: (texts, dim), of the store's dtype. texts: their digests."""
+    def write(self, window: Window, rows: Rows, texts: Array, *, tokens: int = 0, truncated: int = 0) -> Block:
+        """Put a block on the disk. rows: of the store's kind and dtype, one a text. texts: their digests."""
         ids = b"" if window.ids is None else id_lines(window.ids)
         with _told(self.path):
-            shard = self._shard_for(len(rows))
+            shard = self._shard_for(rows_bytes(rows))
             block = Block(
                 number=len(self.blocks),
                 shard=shard.number,
                 start=shard.rows,
                 rows=len(rows),
                 ids_bytes=len(ids),
-                rows_sum=checksum(np.ascontiguousarray(rows)),
+                rows_sum=rows_sum(rows),
                 ids_sum=checksum(ids),
                 texts_sum=checksum(np.ascontiguousarray(texts)),
                 tokens=tokens,
                 truncated=truncated,
+                values=rows.num_values if isinstance(rows, Segments) else 0,
             )
             try:
                 shard.append(rows, texts, ids)
@@ -175,18 +165,18 @@ class StoreWriter:
                 with contextlib.suppress(OSError):
                     shard.cut()
                 raise
-            shard.count(len(rows), len(ids))
+            shard.count(len(rows), block.values, len(ids))
         self.blocks.append(block)
         return block
 
-    def _shard_for(self, rows: int) -> ShardWriter:
+    def _shard_for(self, num_bytes: int) -> ShardWriter:
         shard = self._shard
-        if shard is not None and shard.rows and (shard.rows + rows) * self._row_bytes > self._shard_bytes:
+        if shard is not None and shard.rows and shard.num_bytes + num_bytes > self._shard_bytes:
             shard.close()
             shard = self._shard = None
         if shard is None:
             number = self.blocks[-1].shard + 1 if self.blocks else 0
-            shard = self._shard = self._open_shard(self.manifest.header, number)
+            shard = self._shard = ShardWriter(self.folder, number, self.manifest.header)
         return shard
 
     def finish(self, totals: Mapping[str, Any]) -> None:
@@ -222,7 +212,7 @@ class StoreWriter:
 
 def _same_rows(old: Header, new: Header) -> bool:
     """Whether rows of `old` are what `new` would have."""
-    return (old.model, old.options, old.dtype, old.dimension) == (new.model, new.options, new.dtype, new.dimension)
+    return all(getattr(old, name) == getattr(new, name) for name in ("kind", "model", "options", "dtype", "dimension"))
 
 
 def _others(path: Path) -> Iterator[Path]:
