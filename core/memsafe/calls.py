@@ -225,8 +225,12 @@ class Model:
         finish: what makes results of the model's rows; used for those of an error, which has some of them. prepare: see
         :data:`Prepare`. keep: what is kept of the rows of each micro-batch, None for all as it is.
         """
-        with self._engine.in_use():
-            return self._run_here(values, options, finish, prepare, keep)
+        try:
+            with self._engine.in_use():
+                return self._run_here(values, options, finish, prepare, keep)
+        except RuntimeError as error:
+            _raise_interrupt(error)
+            raise
 
     def _run_here(
         self,
@@ -331,6 +335,15 @@ class Model:
         encoder = self._engine.model.encoder
         given = sbert.with_task(self.model, options.kind, options.model, lambda given: encoder.accepts(given))
         return self._engine.way(prompt, given)
+
+
+def _raise_interrupt(error: BaseException) -> None:
+    """What a signal raised, where it came just as `threading.Condition.wait` had let its lock go: leaving the lock, which is no
+    longer held, then ends in a RuntimeError instead (CPython 3.10 to 3.13). Any other error is left as it is: what is in its
+    context may be the caller's own, which he was handling as he called us."""
+    cause = error.__context__
+    if "cannot release un-acquired lock" in str(error) and cause is not None and not isinstance(cause, Exception):
+        raise cause from None
 
 
 async def in_thread(function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:

@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from memsafe.testing import SimulatedDevice, SimulatedEmbedder
 from tests.concurrency.test_processes import HELD, run
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX signals")
@@ -60,6 +62,26 @@ def test_ctrl_c_at_any_instruction() -> None:
     """Hundreds of calls, each interrupted at a moment of its own: no call leaves anything behind, no lock is held, the last one
     works."""
     assert "done" in run(INTERRUPTED)[0]
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit(7)])
+def test_ctrl_c_as_a_wait_lets_its_lock_go(raised: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one instruction at which CPython's own condition makes another error of it: the caller sees the signal's all the same."""
+    with SimulatedEmbedder(SimulatedDevice("1GiB"), memory={"max_tokens": 32, "max_pending": 5}) as embedder:
+        texts = [f"text {i} of many" for i in range(60)]
+        expected = embedder.embed_documents(texts)
+        room = embedder._engine.backlog._room
+        release = room._release_save
+
+        def interrupted() -> None:
+            release()
+            raise raised
+
+        with monkeypatch.context() as patch:
+            patch.setattr(room, "_release_save", interrupted)
+            with pytest.raises(type(raised)):
+                embedder.embed_documents(texts)
+        assert np.array_equal(embedder.embed_documents(texts), expected)
 
 
 @pytest.mark.parametrize("handled", [True, False])
