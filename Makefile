@@ -19,13 +19,13 @@ help: ## Show this list
 demo: $(VENV)/.demo-ready ## Index and search real passages through LlamaIndex and LangChain (under two minutes)
 	@$(PY) examples/demo.py
 
-test: $(VENV)/.test-ready ## Run what proves every promise, linting and real memory limits included (a quarter of an hour on two cores)
+test: $(VENV)/.test-ready ## Run what proves every promise, linting and real memory limits included (ten minutes on two cores)
 	@$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.test-ready ## Run the quick tests, for while you work (under 90 seconds)
 	@$(PYTEST) -m "not (alone or hostile or long or peers or slow)" $(PYTEST_ARGS)
 
-test-all: test ## Run everything: first `make test`, then the long ones, which protect a second time
+test-all: $(VENV)/.engines-ready test ## Run everything: first `make test`, then the long ones, which protect a second time
 	@$(PYTEST) -m long $(PYTEST_ARGS)
 
 test-hostile: $(VENV)/.test-ready ## Run the tests under real memory limits only
@@ -72,6 +72,10 @@ $(VENV)/.test-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing memsafe and what the tests need into $(VENV) (torch is large: minutes the first time)"
 	@$(PIP) -c constraints.txt -e ".[all]" --group test
 	@touch $(VENV)/.demo-ready $@
+
+$(VENV)/.engines-ready: $(VENV)/.test-ready
+	@$(PIP) -c constraints.txt --group engines
+	@touch $@
 
 $(VENV)/.docs-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(PIP) -c constraints.txt --group docs
