@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,7 @@ import numpy as np
 from memsafe.config import GiB, MemoryPolicy, MiB, Size, parse_size
 from memsafe.embedder import Embedder
 from memsafe.engine.engine import Engine
+from memsafe.engine.residence import Residence
 from memsafe.engine.sinks import Rows
 from memsafe.errors import ConfigError
 from memsafe.events import EventHook
@@ -368,13 +370,18 @@ class _WordWay(Way):
         return encoded
 
 
-class _SimulatedEngine(Engine):
-    """An engine whose models are given, not loaded."""
+def _engine(models: Sequence[SimulatedModel], policy: MemoryPolicy, hooks: Sequence[EventHook]) -> Engine:
+    devices = [model.device for model in models]
+    policy = policy.with_options(learn=False)
+    return Engine(ModelSpec("simulated", None, {}), devices, policy, hooks, partial(_SimulatedResidence, list(models)))
 
-    def __init__(self, models: Sequence[SimulatedModel], policy: MemoryPolicy, hooks: Sequence[EventHook]) -> None:
-        self._given = list(models)
 
-        super().__init__(ModelSpec("simulated", None, {}), [m.device for m in models], policy, hooks)
+class _SimulatedResidence(Residence):
+    """Has models that are given, not loaded."""
+
+    def __init__(self, models: list[SimulatedModel], *args: Any) -> None:
+        self._given = models
+        super().__init__(*args)
 
     def _load(self, spec: Any, device: Device, position: int) -> None:
         model: Any = self._given[position]
@@ -406,7 +413,7 @@ class SimulatedEmbedder(Embedder):
         super().__init__("simulated", memory=memory, hooks=hooks)
 
     def _make_engine(self, spec: Any, devices: Any, policy: MemoryPolicy, hooks: Sequence[EventHook]) -> Engine:
-        return _SimulatedEngine(self.simulated, policy.with_options(learn=False), hooks)
+        return _engine(self.simulated, policy, hooks)
 
 
 class SimulatedReranker(Reranker):
@@ -424,7 +431,7 @@ class SimulatedReranker(Reranker):
         super().__init__("simulated", memory=memory, hooks=hooks)
 
     def _make_engine(self, spec: Any, devices: Any, policy: MemoryPolicy, hooks: Sequence[EventHook]) -> Engine:
-        return _SimulatedEngine(self.simulated, policy.with_options(learn=False), hooks)
+        return _engine(self.simulated, policy, hooks)
 
 
 def _models(device: Any, options: Mapping[str, Any]) -> list[SimulatedModel]:

@@ -144,8 +144,8 @@ def test_hooks_in_a_forked_child(device: SimulatedDevice, monkeypatch: pytest.Mo
     with SimulatedEmbedder(SimulatedDevice("1GiB", kind="cpu"), memory=SMALL, hooks=[seen.append]) as embedder:
         engine = embedder._engine
         embedder.embed_documents(texts(3))
-        with engine._hooks._changed:  # as another thread of the parent would
-            monkeypatch.setattr(engine, "_pid", -1)
+        with engine._home.hooks._changed:  # as another thread of the parent would
+            monkeypatch.setattr(engine._home, "_pid", -1)
             seen.clear()
             assert start(embedder.embed_documents, texts(5)).result(PATIENCE_S).shape == (5, 8)
         assert seen

@@ -201,7 +201,7 @@ if __name__ == "__main__":
 def test_after_a_fork_other_devices_say_so(device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """A forked child that inherits a model on an accelerator gets an error that says what to do, not a crash."""
     with SimulatedEmbedder(device) as embedder:
-        monkeypatch.setattr(embedder._engine, "_pid", -1)
+        monkeypatch.setattr(embedder._engine._home, "_pid", -1)
         with pytest.raises(RuntimeError, match=r"fork.*spawn"):
             embedder.embed_queries(["in a child"])
         monkeypatch.undo()

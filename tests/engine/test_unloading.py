@@ -41,7 +41,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def gone(*models: Any) -> bool:
     """Whether the weights of all have left, and nothing of that is still under way."""
-    return all(not model._engine.models and not model._engine._lock.locked() for model in models)
+    return all(not model._engine.models and not model._engine._home._lock.locked() for model in models)
 
 
 def test_weights_leave_and_come_back_with_the_same_rows() -> None:
@@ -297,7 +297,7 @@ def test_a_loaded_model_on_a_card_waits_in_main_memory(tmp_path: Path, monkeypat
     card, moved = _Card(), list[str]()
     with Embedder(st, device="cpu") as plain:
         wanted = plain.embed_documents(TEXTS)
-    monkeypatch.setattr("memsafe.engine.engine.open_device", lambda name: card)
+    monkeypatch.setattr("memsafe.engine.residence.open_device", lambda name: card)
     monkeypatch.setattr(st, "to", lambda device: moved.append(device) or st)
     with Embedder(st, device="cpu", memory=MemoryPolicy(unload_after_s=0.2, learn=False, limit=None)) as embedder:
         assert np.allclose(embedder.embed_documents(TEXTS), wanted, atol=1e-6)
