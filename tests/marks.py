@@ -37,6 +37,10 @@ ALONE = {
 """Nothing runs beside them."""
 
 SLOW = {
+    "compat/test_facade.py::test_constructor",
+    "compat/test_facade.py::test_predict",
+    "compat/test_facade.py::test_what_is_changed_counts",
+    "compat/test_tools.py",
     "advice/test_cli_advice.py",
     "core/test_long_documents.py",
     "advice/test_measured.py",
