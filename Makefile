@@ -8,7 +8,7 @@ LOWEST_TORCH ?= 2.6.0
 # How many tests side by side (pytest-xdist): one per core, fewer where memory is short. JOBS=0: one after the other.
 JOBS ?= auto
 PYTEST  = $(PY) -m pytest -n $(JOBS) --dist worksteal
-SOURCES = core llama_index_memsafe langchain_memsafe
+SOURCES = core llama_index_memsafe langchain_memsafe chroma_memsafe haystack_memsafe
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-all test-hostile test-lowest lint bench dist docs clean

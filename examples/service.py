@@ -1,10 +1,10 @@
-"""Embedding and reranking over HTTP, for clients of Hugging Face's text-embeddings-inference (TEI).
+"""Embedding and reranking over HTTP, for clients of Hugging Face's text-embeddings-inference (TEI), of OpenAI and of Cohere.
 
 python examples/service.py [--model FOLDER_OR_ID] [--reranker FOLDER_OR_ID] [--host 127.0.0.1] [--port 8080]
 
 Needs ``pip install fastapi uvicorn``. POST /embed, POST /rerank, GET /info, GET /health, as TEI has them; POST / is /embed,
-where huggingface_hub's InferenceClient sends its requests. An example, not a server: no authentication, so it listens
-on this machine only unless told otherwise.
+where huggingface_hub's InferenceClient sends its requests; POST /v1/embeddings and POST /v2/rerank (service_apis.py). An
+example, not a server: no authentication, so it listens on this machine only unless told otherwise.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import uvicorn
@@ -33,6 +35,9 @@ from memsafe import (
     Reranker,
     __version__,
 )
+
+sys.path.insert(0, str(Path(__file__).parent))  # wherever this is run or imported from
+from service_apis import add_routes, refusal
 
 
 @dataclass(frozen=True)
@@ -130,28 +135,32 @@ def make_app(
             "version": __version__,
         }
 
+    add_routes(app, embedder, reranker, model_id, lambda texts: check(texts, limits))
+
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return refuse(422, "Validation", f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
+        where = ".".join(str(part) for part in first["loc"])
+        return refuse(request.url.path, 422, "Validation", f"{where}: {first['msg']}")
 
     @app.exception_handler(TooLarge)
     async def too_large(request: Request, error: TooLarge) -> JSONResponse:
-        return refuse(413, "Validation", str(error))
+        return refuse(request.url.path, 413, "Validation", str(error))
 
     @app.exception_handler(ValueError)
     async def unusable(request: Request, error: ValueError) -> JSONResponse:
-        return refuse(422, "Validation", str(error))
+        return refuse(request.url.path, 422, "Validation", str(error))
 
     @app.exception_handler(MemsafeError)
     async def failed(request: Request, error: MemsafeError) -> JSONResponse:
+        path = request.url.path
         if isinstance(error, ValueError):  # an input or an option that cannot be used
-            return refuse(422, "Validation", str(error))
+            return refuse(path, 422, "Validation", str(error))
         if isinstance(error, BusyError):
-            return refuse(429, "Overloaded", "Model is overloaded")
+            return refuse(path, 429, "Overloaded", "Model is overloaded")
         if isinstance(error, InputTooLargeError):
-            return refuse(507, "Backend", str(error))
-        return refuse(503 if isinstance(error, ClosedError) else 500, "Backend", str(error))
+            return refuse(path, 507, "Backend", str(error))
+        return refuse(path, 503 if isinstance(error, ClosedError) else 500, "Backend", str(error))
 
     app.add_middleware(BodyLimit, body_bytes=limits.body_bytes)
     return app
@@ -171,22 +180,41 @@ class BodyLimit:
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         too_large = announced.isdigit() and int(announced) > self._most
         while more and not too_large:
-            message = await receive()
+            message = await _received(receive)
             if message["type"] == "http.disconnect":
                 return None
             body += message.get("body", b"")
             more, too_large = message.get("more_body", False), len(body) > self._most
         if too_large:
-            refusal = refuse(413, "Validation", f"the body is larger than {self._most:,} bytes")
-            refusal.headers["connection"] = "close"  # what is left of the body is not read
-            return await refusal(scope, receive, send)
+            refused = refuse(scope["path"], 413, "Validation", f"the body is larger than {self._most:,} bytes")
+            refused.headers["connection"] = "close"  # what is left of the body is not read
+            return await refused(scope, receive, send)
         return await _serve_while_connected(self._app, scope, bytes(body), receive, send)
+
+
+_GONE = {"type": "http.disconnect"}
+
+
+async def _received(receive: Any) -> dict[str, Any]:
+    """The next message of the client; a connection that was closed a moment ago has one, too."""
+    try:
+        return dict(await receive())
+    except (RuntimeError, OSError) as error:
+        if not _is_closed(error):
+            raise
+        return dict(_GONE)
+
+
+def _is_closed(error: Exception) -> bool:
+    """Whether `error` says that the client's connection was closed; uvloop's is "unable to perform operation on <TCPTransport
+    closed=True ...>; the handler is closed"."""
+    return isinstance(error, OSError) or "handler is closed" in str(error)
 
 
 async def _serve_while_connected(app: Any, scope: Any, body: bytes, receive: Any, send: Any) -> None:
     """Run `app` on a request whose body is here; a client that goes away takes its waiting work with it."""
     whole: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
-    gone, answered = asyncio.ensure_future(receive()), False  # after the body there is only the end to come
+    gone, answered = asyncio.ensure_future(_received(receive)), False  # after the body there is only the end to come
 
     async def receive_body() -> Any:
         return whole.pop() if whole else await asyncio.shield(gone)
@@ -194,7 +222,12 @@ async def _serve_while_connected(app: Any, scope: Any, body: bytes, receive: Any
     async def send_on(message: dict[str, Any]) -> None:
         nonlocal answered
         answered = message["type"] == "http.response.body" and not message.get("more_body", False)
-        await send(message)
+        try:
+            await send(message)
+        except (RuntimeError, OSError) as error:  # the client hung up in the middle, and uvicorn is about to hear of it
+            if not gone.done() and not _is_closed(error):
+                raise
+            await asyncio.wait({gone}, timeout=1)
 
     work = asyncio.ensure_future(app(scope, receive_body, send_on))
     try:
@@ -215,9 +248,10 @@ def check(texts: list[str], limits: Limits) -> None:
         raise TooLarge(f"the texts of a request may have {limits.chars:,} characters in all")
 
 
-def refuse(status: int, kind: str, message: str) -> JSONResponse:
-    """TEI's form of an error."""
-    return JSONResponse({"error": message, "error_type": kind}, status_code=status)
+def refuse(path: str, status: int, kind: str, message: str) -> JSONResponse:
+    """An error in the form of the API that `path` belongs to; `kind` is TEI's word."""
+    tei = JSONResponse({"error": message, "error_type": kind}, status_code=status)
+    return refusal(path, status, message) or tei
 
 
 def _as_it_is(scores: Any) -> Any:
@@ -225,7 +259,7 @@ def _as_it_is(scores: Any) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Embedding and reranking over HTTP, as TEI does it.")
+    parser = argparse.ArgumentParser(description="Embedding and reranking over HTTP, as TEI, OpenAI and Cohere do it.")
     parser.add_argument("--model", help="folder or hub id; without one: a packaged MiniLM")
     parser.add_argument("--reranker", help="folder or hub id; without one: a small demo reranker")
     parser.add_argument("--host", default="127.0.0.1")

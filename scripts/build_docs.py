@@ -21,7 +21,7 @@ OUTSIDE = re.compile(
     r"""<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=["']?(?:https?:)?//[^>]*>|url\(["']?(?:https?:)?//|class="?mermaid"""
 )
 """What a page would fetch from elsewhere. Links that a reader may follow are none of it."""
-SOURCES = ("core/memsafe", "llama_index_memsafe", "langchain_memsafe")
+SOURCES = ("core/memsafe", "llama_index_memsafe", "langchain_memsafe", "chroma_memsafe", "haystack_memsafe")
 ROLE = re.compile(r":(?:class|data|func|meth|mod):(?=`)")
 """Docstrings name things as Python's own documentation does; the site's pages are Markdown."""
 

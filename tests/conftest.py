@@ -36,6 +36,7 @@ os.environ["LLAMA_INDEX_CACHE_DIR"] = os.path.join(_CACHE, "llama_index")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["LANGSMITH_TRACING"] = "false"
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 
 _ROOM = os.environ.setdefault("MEMSAFE_TESTS_ROOM", os.path.join(_CACHE, "room"))  # one for all workers of a run
 _HERE = Path(__file__).parent

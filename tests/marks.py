@@ -37,6 +37,12 @@ ALONE = {
 """Nothing runs beside them."""
 
 SLOW = {
+    "chroma/test_embedding.py::test_rows_are_those_of_the_replaced_class",
+    "haystack/test_components.py::test_embedders",
+    "compat/test_facade.py::test_constructor",
+    "compat/test_facade.py::test_predict",
+    "compat/test_facade.py::test_what_is_changed_counts",
+    "compat/test_tools.py",
     "advice/test_cli_advice.py",
     "core/test_long_documents.py",
     "advice/test_measured.py",

@@ -12,6 +12,7 @@ import pickle
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -33,6 +34,16 @@ class PerProcess(Generic[_Made]):
 
     def __init__(self) -> None:
         self._forget()
+
+    @classmethod
+    def shared(cls, *settings: Any) -> PerProcess[_Made]:
+        """The one of all in this process that have equal `settings`, as long as any of them holds it. Settings that cannot be pickled
+        are equal to no others."""
+        try:
+            key = pickle.dumps(settings)
+        except Exception:  # a lambda among the hooks, say
+            return cls()
+        return _shared.setdefault(key, cls())
 
     def _forget(self) -> None:
         self._made: _Made | None = None
@@ -58,6 +69,8 @@ class PerProcess(Generic[_Made]):
         """As :meth:`get`; made in a thread, so that the event loop stays free."""
         return self.get(make) if self.loaded else await in_thread(self.get, make)
 
+
+_shared: WeakValueDictionary[bytes, PerProcess[Any]] = WeakValueDictionary()
 
 _loaded: dict[bytes, PerProcess[Embedder]] = {}
 """By settings: callables of one process that want the same model share it."""

@@ -59,8 +59,19 @@ PUBLIC = {
     ],
     "llama_index_memsafe": ["MemsafeEmbedding", "MemsafeKVStore", "MemsafeRerank"],
     "langchain_memsafe": ["MemsafeByteStore", "MemsafeCrossEncoder", "MemsafeEmbeddings", "MemsafeRerank"],
+    "chroma_memsafe": ["MemsafeEmbeddingFunction"],
+    "haystack_memsafe": ["MemsafeDocumentEmbedder", "MemsafeRanker", "MemsafeTextEmbedder"],
 }
-HEAVY = {"torch", "scipy", "transformers", "sentence_transformers", "tokenizers", "llama_index", "langchain_core"}
+HEAVY = {
+    "torch",
+    "scipy",
+    "transformers",
+    "sentence_transformers",
+    "tokenizers",
+    "llama_index",
+    "langchain_core",
+    "chromadb",
+}
 
 
 def python(code: str) -> str:
@@ -105,6 +116,8 @@ def test_errors_and_policy_need_no_torch() -> None:
     [
         ("llama_index_memsafe", "llama_index", "llama-index"),
         ("langchain_memsafe", "langchain_core", "langchain"),
+        ("chroma_memsafe", "chromadb", "chroma"),
+        ("haystack_memsafe", "haystack", "haystack"),
     ],
 )
 def test_missing_extra_names_its_pip_command(package: str, dependency: str, extra: str) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted(
-    path for folder in ("core", "llama_index_memsafe", "langchain_memsafe") for path in (ROOT / folder).rglob("*.py")
-)
+FOLDERS = ("core", "llama_index_memsafe", "langchain_memsafe", "chroma_memsafe", "haystack_memsafe")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 MEMORY_APIS = {
     "clear_refs",
     "current_allocated_memory",

@@ -17,7 +17,7 @@ from memsafe import errors
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-PACKAGES = ("core/memsafe", "llama_index_memsafe", "langchain_memsafe")
+PACKAGES = ("core/memsafe", "llama_index_memsafe", "langchain_memsafe", "chroma_memsafe", "haystack_memsafe")
 _WORDS = 4
 """Consecutive words of a message that the page must quote, or all of a shorter one."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -207,3 +208,21 @@ def test_two_ray_actors_share_a_device(model: str, tmp_path: Path) -> None:
     assert apart and limits == ["160MiB", "320MiB"] and count == 400
     assert difference < 1e-5 and out_of_memory == [0, 0]
     assert 0 < peaks[0] < 160 << 20 and 0 < peaks[1] < 320 << 20
+
+
+def test_equal_settings_share_what_is_made() -> None:
+    """PerProcess.shared: one for equal settings, while anybody holds it; other settings, and what cannot be pickled, have their own."""
+    made: list[int] = []
+
+    def make() -> int:
+        made.append(1)
+        return len(made)
+
+    first, second = PerProcess.shared("a", {"b": 1}), PerProcess.shared("a", {"b": 1})
+    assert first is second and first.get(make) == second.get(make) == 1
+    assert PerProcess.shared("a", {"b": 2}).get(make) == 2
+    hook = lambda event: None  # noqa: E731 - cannot be pickled
+    assert PerProcess.shared(hook) is not PerProcess.shared(hook)
+    del first, second
+    gc.collect()
+    assert PerProcess.shared("a", {"b": 1}).get(make) == 3

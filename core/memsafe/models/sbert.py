@@ -58,16 +58,23 @@ CLASSES = {
 """By kind of model: the class of sentence-transformers, and ours. Sparse ones came with version 5, multi-vector ones with 6."""
 
 
+def _library(name: str) -> Any | None:
+    """The library's own class called `name`, also where a program has put a subclass in its place; None if it has none."""
+    found = getattr(importlib.import_module("sentence_transformers"), name, None)
+    homes = () if found is None else found.__mro__
+    return next((each for each in homes if each.__module__.startswith(_KNOWN)), found)
+
+
 def is_reranker(model: Any) -> bool:
     """True for a CrossEncoder, False for a SentenceTransformer."""
-    cross_encoder = importlib.import_module("sentence_transformers").CrossEncoder
+    cross_encoder: Any = _library("CrossEncoder")
     return isinstance(model, cross_encoder)
 
 
 def build(kind: str) -> Any:
     """The class of sentence-transformers that loads models of `kind`. Raises :class:`ModelError` where it has none yet."""
     name, ours = CLASSES[kind]
-    found = getattr(importlib.import_module("sentence_transformers"), name, None)
+    found = _library(name)
     if found is None:
         raise ModelError(
             f"{ours} needs {name}, which this sentence-transformers does not have; run: "
@@ -86,8 +93,7 @@ def check_handed_in(model: Any, kind: str) -> None:
         )
     if isinstance(model, wanted):
         return
-    library = importlib.import_module("sentence_transformers")
-    others = [(getattr(library, name, None), ours) for other, (name, ours) in CLASSES.items() if other != kind]
+    others = [(_library(name), ours) for other, (name, ours) in CLASSES.items() if other != kind]
     got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
     taker = next((ours for other, ours in others if other is not None and isinstance(model, other)), None)
     if taker is not None:
@@ -254,9 +260,8 @@ def forward_options(model: Any, options: Mapping[str, Any]) -> set[str]:
 
 def _family(model: Any) -> str | None:
     """The kind of model that `model` is an object of."""
-    library = importlib.import_module("sentence_transformers")
     for kind in ("reranker", "sparse", "multi_vector", "embedding"):
-        known = getattr(library, CLASSES[kind][0], None)
+        known = _library(CLASSES[kind][0])
         if known is not None and isinstance(model, known):
             return kind
     return None
