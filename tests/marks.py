@@ -66,7 +66,7 @@ SLOW = {
     "concurrency/test_sharing.py::test_one_loaded_model_in_two_embedders",
     "concurrency/test_sharing.py::test_real_queries_share_micro_batches",
     "concurrency/test_sharing.py::test_replicas_of_a_real_model",
-    "contracts/test_documents.py::test_readme_runs",
+    "contracts/test_documents.py::test_python_runs",
     "contracts/test_examples.py::test_demo_reranker_ranks_better_than_chance",
     "contracts/test_examples.py::test_example_runs_offline",
     "contracts/test_front_door.py::test_public_names",
