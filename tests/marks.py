@@ -51,6 +51,7 @@ SLOW = {
     "attention/test_packing.py::test_quick_heads_give_the_same_rows",
     "attention/test_packing.py::test_threads_share_a_model",
     "benchmarks/test_prove_smoke.py::test_every_section_runs_and_is_written",
+    "benchmarks/test_quality.py::test_chunks_find_an_answer_behind_the_cut",
     "benchmarks/test_prove_smoke.py::test_without_a_card_it_says_so",
     "concurrency/test_callbacks.py::test_a_hook_that_waits_for_ever_holds_nobody_up",
     "concurrency/test_faults.py",
