@@ -37,13 +37,17 @@ def digest(source: str) -> str:
     return f"source {hashlib.sha256(source.encode()).hexdigest()}"
 
 
+def chromium() -> str | None:
+    """A browser of this machine; None: playwright's own."""
+    return os.environ.get("MEMSAFE_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
 def main() -> None:
     from playwright.sync_api import sync_playwright
 
     library = Path(sys.argv[1]).read_text(encoding="utf-8")
-    browser = os.environ.get("MEMSAFE_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
-        page = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
+        page = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"]).new_page()
         page.set_content("<!DOCTYPE html><html><body></body></html>")
         page.add_script_tag(content=library)
         for document, source, picture in diagrams():
