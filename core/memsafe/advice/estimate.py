@@ -99,9 +99,9 @@ class Estimate:
         name = str(getattr(self.facts.config, "model_type", "")).replace("-", "_")
         try:
             found = find_spec(f"transformers.models.{name}.modeling_{name}")
-        except (ImportError, ValueError):  # a model whose code is its own
+            source = Path(found.origin).read_text(encoding="utf-8") if found is not None and found.origin else ""
+        except (ImportError, OSError, ValueError):  # a model whose code is its own, or a transformers without files
             return False
-        source = Path(found.origin).read_text(encoding="utf-8") if found is not None and found.origin else ""
         return re.search(r"softmax\([^)]*dtype=torch\.float32", source) is not None
 
     @cached_property
