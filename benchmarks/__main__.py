@@ -22,6 +22,7 @@ from benchmarks.dtype import dtype
 from benchmarks.feeding import feeding
 from benchmarks.overhead import overhead
 from benchmarks.prediction import CASES, prediction
+from benchmarks.quality import quality
 from benchmarks.speed import Arena, Task, compare, peaks, scale
 
 Results = dict[str, Any]
@@ -163,6 +164,10 @@ class Suite:
         """Half precision."""
         return dtype(folder=self.folder, **({"count": 60, "rounds": 2, "budget_s": 10} if self.quick else {}))
 
+    def quality(self) -> Results:
+        """Ranking quality on labelled sets."""
+        return quality(**({"documents": 200, "queries": 10} if self.quick else {}))
+
 
 SECTIONS = (
     *(
@@ -175,6 +180,7 @@ SECTIONS = (
         "feeding",
         "corpus",
         "dtype",
+        "quality",
         "mixes",
         "scale",
     ),

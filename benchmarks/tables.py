@@ -328,6 +328,33 @@ def dtype(section: Section) -> list[str]:
     return ["## Half precision", "", *_task(section, "times our float32", _speed_of)[2:]]
 
 
+def quality(section: Section) -> list[str]:
+    """A table for each set; changes are to the first row of the same stage."""
+    lines = ["## Ranking quality", ""]
+    for found in section["sets"]:
+        lines += [
+            f"### {found['name']}: {found['documents']:,} documents, {found['queries']:,} questions, "
+            f"{found['reranked_queries']:,} of them reranked",
+            "",
+            *table(
+                ["", "what", "nDCG@10", "change", "of the first ten", "seconds"],
+                [
+                    [
+                        f"{row['stage']}: {row['who']}",
+                        f"`{row['change']}`",
+                        f"{row['ndcg_10']:.4f}",
+                        f"{row['change_of_ndcg']:+.4f}",
+                        f"{row['kept']:.1%}",
+                        f"{row['seconds']:.0f}",
+                    ]
+                    for row in found["rows"]
+                ],
+            ),
+            "",
+        ]
+    return lines + [f"- Not run: {why}" for why in section["not_run"]]
+
+
 SECTIONS: dict[str, Callable[[Section], list[str]]] = {
     "speed": lambda section: _speed(section, "Embedding"),
     "rerank": lambda section: _speed(section, "Reranking"),
@@ -340,6 +367,7 @@ SECTIONS: dict[str, Callable[[Section], list[str]]] = {
     "feeding": feeding,
     "corpus": corpus,
     "dtype": dtype,
+    "quality": quality,
 }
 
 

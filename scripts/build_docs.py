@@ -2,7 +2,8 @@
 
     python scripts/build_docs.py [FOLDER]       # build/site if left out; needs the dependency group `docs`, and Python 3.11
 
-Diagrams are shown as they are written, since what draws them would be fetched. Pages lie as they do in the repository, so that links work in both places: README.md becomes the first page.
+Pages lie as they do in the repository, so that links work in both places: README.md becomes the first page. Diagrams are shown as the
+checked-in pictures of them, since what draws them in a browser would be fetched (scripts/draw_diagrams.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+
+import draw_diagrams
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "docs", "benchmarks/results")
@@ -43,8 +46,17 @@ def main() -> None:
             else:
                 shutil.copyfile(ROOT / name, target)
         shutil.copyfile(ROOT / "README.md", pages / "index.md")
-        for page in pages.rglob("*.md"):
-            page.write_text(page.read_text(encoding="utf-8").replace("```mermaid", "```text"), encoding="utf-8")
+        for document, source, picture in draw_diagrams.diagrams():
+            if not picture.exists() or draw_diagrams.digest(source) not in picture.read_text(encoding="utf-8"):
+                sys.exit(
+                    f"{picture.relative_to(ROOT)} is not of today's diagram in {document.name}: scripts/draw_diagrams.py"
+                )
+            page = pages / document.relative_to(ROOT)
+            shown = f"![diagram](assets/{picture.name})\n"
+            page.write_text(
+                draw_diagrams.FENCE.sub(lambda _, shown=shown: shown, page.read_text(encoding="utf-8")),
+                encoding="utf-8",
+            )
         for name in SOURCES:
             for path in (ROOT / name).rglob("*.py"):
                 copy = work / "sources" / Path(name).name / path.relative_to(ROOT / name)

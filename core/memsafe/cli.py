@@ -19,8 +19,8 @@ from memsafe.cli_output import (
     StorePath,
     print_json,
     print_table,
-    say,
     say_how_to_resume,
+    say_report,
     shown,
     stoppable,
     told,
@@ -96,7 +96,7 @@ def embed(
     if picture is not None and not picture.parent.is_dir():
         raise ConfigError(f"--report: there is no folder {picture.parent} for the page; make it first")
     memory, recording = MemoryHook(), Recording()
-    hooks: list[EventHook] = [memory] if picture is None else [memory, recording]
+    hooks: list[EventHook] = [memory, recording]
     embedder = Embedder(
         model, device=device, dtype=dtype, max_length=max_length, memory=MemoryPolicy(limit=limit), hooks=hooks
     )
@@ -120,7 +120,7 @@ def embed(
     if as_json:
         print_json(report.to_dict())
     else:
-        say(str(report))
+        say_report(report, recording)
     if not report.complete:
         say_how_to_resume(output, update=update)
         raise typer.Exit(INTERRUPTED)

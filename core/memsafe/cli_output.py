@@ -44,6 +44,7 @@ __all__ = [
     "safe",
     "say",
     "say_how_to_resume",
+    "say_report",
     "shown",
     "shown_value",
     "stoppable",
@@ -159,6 +160,15 @@ def print_table(header: list[str] | None, rows: list[list[str]]) -> None:
 def say(text: str) -> None:
     """`text` on standard output."""
     Console(soft_wrap=True).print(safe(text), highlight=False)
+
+
+def say_report(report: Any, *pictures: Any) -> None:
+    """`pictures` and `report` as rich draws them, where standard output is a terminal; elsewhere the lines of `report`."""
+    console = Console()
+    if console.is_terminal:
+        console.print(*pictures, report, sep="\n")
+    else:
+        say(str(report))
 
 
 def safe(text: str) -> str:

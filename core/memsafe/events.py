@@ -133,7 +133,7 @@ class EventHook(Protocol):
 
 @dataclass(frozen=True)
 class RunReport:
-    """What one run took and what happened in it. ``print(report)`` in a terminal; a table in a notebook."""
+    """What one run took and what happened in it. ``print(report)``, or rich's ``print`` for bars and colours; a table in a notebook."""
 
     device: str = ""
     path: str = ""
@@ -243,6 +243,17 @@ class RunReport:
         from memsafe.pictures.figure import summary_figure
 
         return summary_figure(self.to_dict())
+
+    def __rich__(self) -> Any:
+        from memsafe.pictures.terminal import report_view
+
+        measured = self.measured_peak_bytes
+        return report_view(
+            self.rows(),
+            title=f"{self.texts:,} texts in {self.total_s:.2f} s",
+            used_bytes=self.predicted_peak_bytes if measured is None else measured,
+            budget_bytes=self.budget_min_bytes,
+        )
 
     def _repr_html_(self) -> str:
         from html import escape

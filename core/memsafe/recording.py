@@ -99,6 +99,12 @@ class Recording:
         with self._lock:
             return timeline_figure(self.timeline)
 
+    def __rich__(self) -> Any:
+        from memsafe.pictures.terminal import timeline_view
+
+        with self._lock:
+            return timeline_view(self.timeline)
+
     def _repr_html_(self) -> str:
         with self._lock:
             return page(self.timeline, {}, title="memsafe run", whole=False)

@@ -73,6 +73,9 @@ def test_neighbours_on_the_card_are_named() -> None:
     assert "9.0 GiB of 15.0 GiB" in found and "python3" in found and "pytest" not in found
     (hidden,) = texts(devices=[card((9, 0), free_bytes=6 * GiB, kernels={})])
     assert "the driver does not say" in hidden
+    why = nvml.cards(Library(ImportError("no pynvml")))[1]
+    (told,) = texts(devices=[card((9, 0), free_bytes=6 * GiB, kernels={}, **{"holders unknown": why})])
+    assert "does not say: the NVIDIA driver cannot be asked" in told
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from memsafe.advice import WORKSPACE_BYTES, facts, known
 from memsafe.advice.estimate import MARGIN, Estimate
@@ -87,6 +90,24 @@ def test_padded_peaks_of_every_architecture(pair: tuple[str, Any, Estimate]) -> 
         found = measured(lambda given=features: loaded.st({name: each.clone() for name, each in given.items()}))
         expected = estimate.padded(rows, longest, uniform=len(set(lengths)) == 1)
         assert near(expected, found), (name, lengths[0], expected / found)
+
+
+@models.needs_interface
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_eager_peaks_of_every_architecture(pair: tuple[str, Any, Estimate], dtype: str) -> None:
+    """What old versions and some servers force: all scores in memory, in float32 where the softmax asks for it. Within 10 %."""
+    name, loaded, estimate = pair
+    if name in models.REGROUPED:
+        assert estimate.eager(3, 600) == estimate.padded(3, 600)  # it computes attention itself: measured above
+        return
+    config = copy.deepcopy(loaded.st[0].auto_model.config)
+    model = transformers.AutoModel.from_config(config, attn_implementation="eager").to(getattr(torch, dtype)).eval()
+    ids = torch.randint(1000, 20000, (3, 600), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, 300:] = 0
+    found = measured(lambda: model(input_ids=ids, attention_mask=mask))
+    expected = replace(estimate, dtype=dtype).eager(3, 600)
+    assert near(expected, found), (name, expected / found)
 
 
 @pytest.mark.parametrize(

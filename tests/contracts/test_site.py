@@ -14,6 +14,7 @@ import pytest
 
 import memsafe
 from memsafe import errors
+from scripts import draw_diagrams
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
@@ -98,6 +99,17 @@ def test_every_page_is_in_the_navigation() -> None:
         assert f'"{path.relative_to(ROOT).as_posix()}"' in settings, path
 
 
+def test_pictures_of_diagrams_are_of_today() -> None:
+    """Each diagram has its picture, which remembers the very source, needs nothing from elsewhere and has a ground of its own."""
+    found = list(draw_diagrams.diagrams())
+    assert [page.name for page, _, _ in found] == ["architecture.md"]
+    for _, source, picture in found:
+        svg = picture.read_text(encoding="utf-8")
+        assert draw_diagrams.digest(source) in svg, "draw it again: scripts/draw_diagrams.py"
+        assert "background:#fff" in svg and "foreignObject" not in svg and "**" not in svg
+        assert not re.search(r"""(?:href|src)=["']?http|url\(["']?http|@import""", svg)
+
+
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
     """No link without a target, no page that needs the network, every name of the reference found."""
     if find_spec("zensical") is None or find_spec("mkdocstrings_handlers") is None:
@@ -109,6 +121,9 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
         timeout=150,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    shown = (tmp_path / "site" / "docs" / "architecture.html").read_text(encoding="utf-8")
+    assert 'src="assets/architecture.svg"' in shown and "flowchart" not in shown
+    assert (tmp_path / "site" / "docs" / "assets" / "architecture.svg").exists()
     api = (tmp_path / "site" / "docs" / "api.html").read_text(encoding="utf-8")
     for name in ("embed_documents", "unload_after_s", "MicroBatchDone", "SimulatedDevice", "compress_documents"):
         assert name in api

@@ -65,6 +65,17 @@ def test_embed_draws_what_happened(model: str, corpus: Path, tmp_path: Path) -> 
     assert missing.exit_code == 2 and not (tmp_path / "other").exists()
 
 
+def test_embed_in_a_terminal(model: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal gets lines over time and the report in frames; what is piped gets the report's plain lines."""
+    command = ("embed", corpus, tmp_path / "store", "--model", model, "--device", "cpu")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes standard output for a terminal
+    seen = run(*command).stdout
+    assert "memory, cpu" in seen and "tokens/s" in seen and "200 texts in" in seen and "╭" in seen
+    monkeypatch.delenv("FORCE_COLOR")
+    piped = run(*command, "--resume").stdout
+    assert piped.startswith("store ") and "╭" not in piped
+
+
 def test_embed(store: Path, model: str, corpus: Path) -> None:
     """The store holds the rows of the embedder, by the ids of the file."""
     opened = open_store(store)

@@ -7,8 +7,11 @@ is said here: nobody measures after an advice. Those figures are of transformers
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from memsafe.advice.facts import ModelFacts
@@ -59,11 +62,15 @@ class Estimate:
         if self.facts.eager_only:
             return self.padded(rows, length)
         shape = BatchShape.of([length] * rows, packed=False)
-        # Scores and their softmax; five hidden states beside them.
+        # Scores and their softmax, and the mask; five hidden states beside them. Where the softmax is asked for in float32, the scores
+        # and it are there in float32 too (in half precision: 2 + 4 + 4 bytes a score), and rotated queries and keys beside them.
+        casts = self._softmax_in_float32
+        scores = 2.0 * self._size + (6.0 if casts and self._size < 4 else 0.0)
+        masks = 1 if self.facts.architecture.window is None else 2
         prior = replace(
             self._padded,
-            attention_token_bytes=5.0 * self.facts.architecture.hidden_size * self._size,
-            masked_square_bytes=(2.0 * self.facts.architecture.num_heads + 1) * self._size,
+            attention_token_bytes=(8.0 if casts else 5.0) * self.facts.architecture.hidden_size * self._size,
+            masked_square_bytes=scores * self.facts.architecture.num_heads + masks * self._size,
         )
         return int(prior.bytes(shape))
 
@@ -85,6 +92,17 @@ class Estimate:
             return (1 + MARGIN) * self.packed(shape) <= room_bytes
 
         return _largest(fits, _MOST_TOKENS)
+
+    @cached_property
+    def _softmax_in_float32(self) -> bool:
+        """Whether the installed transformers' eager attention of this type says so: ModernBERT's and most decoders' does, BERT's not."""
+        name = str(getattr(self.facts.config, "model_type", "")).replace("-", "_")
+        try:
+            found = find_spec(f"transformers.models.{name}.modeling_{name}")
+            source = Path(found.origin).read_text(encoding="utf-8") if found is not None and found.origin else ""
+        except (ImportError, OSError, ValueError):  # a model whose code is its own, or a transformers without files
+            return False
+        return re.search(r"softmax\([^)]*dtype=torch\.float32", source) is not None
 
     @cached_property
     def _size(self) -> int:

@@ -69,7 +69,7 @@ class Examination:
             lines += [
                 f"  {name:<23} {_words(value)}"
                 for name, value in device.items()
-                if name in ("capability", "driver", "dtypes", "computed in emulation")
+                if name in ("capability", "driver", "dtypes", "holders unknown")
             ]
             lines += [f"  {name:<30} {value}" for name, value in device.get("kernels", {}).items()]
             for holder in device.get("held_by", ()):
@@ -152,7 +152,7 @@ def _devices() -> tuple[list[dict[str, Any]], str]:
     from memsafe.machine.device import open_device
 
     torch = importlib.import_module("torch")
-    cards, _ = nvml.cards()
+    cards, unknown = nvml.cards()
     found: list[dict[str, Any]] = []
     for kind in ("cuda", "xpu", "mps"):
         module: Any = getattr(torch, kind, None)
@@ -176,6 +176,8 @@ def _devices() -> tuple[list[dict[str, Any]], str]:
                 card = next((each for each in cards if uuid and uuid in each.uuid), None)
                 if card is not None:
                     facts |= {"driver": card.driver, "held_by": [asdict(holder) for holder in card.holders]}
+                else:
+                    facts["holders unknown"] = unknown or "NVIDIA's library lists no card with this one's identifier"
             found.append(facts)
     why = ""
     if cards and not any(facts["kind"] == "cuda" for facts in found):

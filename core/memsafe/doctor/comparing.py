@@ -14,6 +14,7 @@ _PASSING = (
     "reserved_bytes",
     "used_bytes",
     "held_by",
+    "holders unknown",
     "findings",
     "pid",
     "resident_bytes",

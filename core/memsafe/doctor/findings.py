@@ -83,9 +83,10 @@ def _findings_of_device(device: Mapping[str, Any]) -> list[Finding]:
     others = [holder for holder in device.get("held_by", ()) if not holder["ours"]]
     held = device["total_bytes"] - device["free_bytes"] - device.get("reserved_bytes", 0)
     if device["kind"] == "cuda" and held > device["total_bytes"] // 4:
+        unknown = f": {device['holders unknown']}" if device.get("holders unknown") else ""
         who = (
             ", ".join(sorted({holder["program"] or "a process of another container" for holder in others}))
-            or "who, the driver does not say"
+            or f"who, the driver does not say{unknown}"
         )
         found.append(
             Finding(

@@ -133,6 +133,16 @@ class Timeline:
         ends = [bar.end_s for bars in self.bars.values() for bar in bars]
         return max([*ends, *(mark.at_s for mark in self.marks)], default=0.0)
 
+    def peaks(self, device: str, bins: int) -> list[int]:
+        """The most bytes that a bar of `device` took in each of `bins` equal parts of the time; 0 where none was."""
+        width = self.seconds / bins
+        peaks = [0] * bins
+        for bar in self.bars.get(device, ()):
+            first, last = (min(int(at_s / width), bins - 1) if width else 0 for at_s in (bar.start_s, bar.end_s))
+            for place in range(first, last + 1):
+                peaks[place] = max(peaks[place], bar.used_bytes)
+        return peaks
+
     def rates(self, bins: int) -> list[float]:
         """Tokens per second in each of `bins` equal parts of the time, a bar's tokens spread evenly over it."""
         width = self.seconds / bins

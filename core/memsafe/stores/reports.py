@@ -92,6 +92,17 @@ class CorpusReport:
     def __str__(self) -> str:
         return "\n".join(f"{name:<22} {value}" for name, value in self.rows())
 
+    def __rich__(self) -> Any:
+        from memsafe.pictures.terminal import report_view
+
+        return report_view(self.rows(), title=f"{self.texts:,} texts in {self.seconds:.2f} s")
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self.rows())
+        return f"<table>{cells}</table>"
+
 
 class Totals:
     """Sums of the reports of blocks."""
