@@ -292,7 +292,7 @@ class Engine:
             weights_bytes=sum(m.weights_bytes for m in self.models),
             total_s=time.perf_counter() - job.started,
         )
-        for note in self._notes:
+        for note in (*self._notes, *model.notes):
             job.report.note(note)
         return job.report.build()
 
@@ -347,6 +347,11 @@ class Engine:
                     f"this process was forked after {device.name} was in use, and CUDA does not survive a fork; "
                     "use the 'spawn' start method, or load the model in the child"
                 )
+        if not all(model.survives_fork for model in self.models):
+            raise ClosedError(
+                f"this process was forked after {self.spec.engine} had loaded a model, whose threads do not survive a fork; use the "
+                "'spawn' start method, or load the model in the child"
+            )
         here = self._presence.here
         self._lock, self._presence, self._hooks = threading.Lock(), Presence(), Hooks(self._given_hooks)
         self.backlog, self.runners = Backlog(scheduling_lock()), []

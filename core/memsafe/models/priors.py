@@ -14,7 +14,7 @@ from memsafe.models.ways import CHARS_PER_TOKEN
 from memsafe.planning.architecture import Architecture
 from memsafe.planning.cost import CostPrior
 
-__all__ = ["prior_of", "tiled", "tokenwise_prior"]
+__all__ = ["prior_of", "runtime_prior", "tiled", "tokenwise_prior"]
 
 
 def prior_of(
@@ -90,6 +90,21 @@ def tokenwise_prior(shape: Architecture, dtype: torch.dtype) -> CostPrior:
     """Of a model without attention whose texts are tokenised in its forward: what that takes is most of it."""
     per_token = CHARS_PER_TOKEN * BYTES_PER_CHAR + 8 * shape.hidden_size * dtype.itemsize
     return CostPrior(64 * 1024.0, per_token, shape.hidden_size * (dtype.itemsize + 4) + 64.0, 0.0)
+
+
+def runtime_prior(shape: Architecture) -> CostPrior:
+    """Of a model that another runtime runs in float32 between its int8 products: what torch takes for padded rows, with eager
+    attention for those whose scores are made at once. Measured peaks soon tell it better."""
+    return CostPrior.for_architecture(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        gated=shape.gated,
+        num_heads=shape.num_heads,
+        bytes_per_element=4,
+        layout="padded",
+        attention="eager",
+        rotary_size=shape.rotary_size,
+    )
 
 
 def _number(config: Any, name: str) -> int:

@@ -33,6 +33,7 @@ __all__ = [
     "own_rows",
     "pooling_modes",
     "preprocess",
+    "replace_hf_model",
     "resolve_prompt",
     "rust_tokenizer",
     "set_max_length",
@@ -109,6 +110,15 @@ def hf_model(model: Any) -> Any | None:
         if inner is not None and hasattr(inner, "config"):
             return inner
     return None
+
+
+def replace_hf_model(model: Any, place: torch.nn.Module) -> None:
+    """Put `place` where :func:`hf_model` finds the transformers model; it must take and give what that does."""
+    if is_reranker(model) and not _has_modules(model):
+        model.model = place
+        return
+    first = _first(model)
+    setattr(first, "model" if "model" in first._modules else "auto_model", place)
 
 
 def hf_tokenizer(model: Any, options: Mapping[str, Any] | None = None) -> Any | None:
