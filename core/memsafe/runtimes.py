@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from memsafe.errors import ConfigError
 
-__all__ = ["ENGINES", "Quantization", "check_engine"]
+__all__ = ["ENGINES", "Quantization", "check_engine", "int8_instructions"]
 
 ENGINES = ("torch", "openvino", "onnx")
 """torch runs a model as it is. OpenVINO and ONNX Runtime (extras ``openvino`` and ``onnx``) run an export of it, on a CPU."""
 
 DTYPES = {"openvino": ("float32", "bfloat16", "float16", "int8"), "onnx": ("float32", "int8")}
+
+
+_INT8 = (
+    (("amx_int8",), "AMX", "int8 is much faster than float32"),
+    (("avx512_vnni", "avx_vnni"), "VNNI", "int8 is about twice as fast as float32"),
+    (("i8mm", "asimddp"), "dot products", "int8 is faster than float32"),
+    (("avx2", "avx512f"), "AVX without VNNI", "int8 saves memory, and little time"),
+)
+
+
+def int8_instructions(features: Collection[str]) -> tuple[str, str]:
+    """What multiplies int8 on a processor with these `features`, in the words of /proc/cpuinfo; and what that means."""
+    for names, told, means in _INT8:
+        if any(name in features for name in names):
+            return told, means
+    return "unknown instructions", "whether int8 is faster than float32 must be tried"
 
 
 @dataclass(frozen=True, kw_only=True)

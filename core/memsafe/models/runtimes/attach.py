@@ -25,7 +25,7 @@ from memsafe.models.runtimes import onnx, openvino
 from memsafe.models.runtimes.agreement import agreement, inputs_for, rows_of
 from memsafe.models.runtimes.exports import Shelf, beside
 from memsafe.models.runtimes.session import RuntimeModel, Session
-from memsafe.runtimes import Quantization
+from memsafe.runtimes import Quantization, int8_instructions
 
 __all__ = ["Attached", "Wanted", "attach"]
 
@@ -42,6 +42,7 @@ _TOKENS = 100
 """Of a sample, about."""
 
 
+_AS_EXPORTED = "as exported"
 _EXACT = 0.999
 """How well an export must agree that is not int8: half precision reached 0.99999."""
 _ROUNDING = {"int8": 1e-3, "bfloat16": 5e-3, "float16": 6e-4}
@@ -98,16 +99,16 @@ def attach(st: Any, wanted: Wanted, device: Device, room_bytes: int) -> Attached
         else beside(wanted.folder, wanted.engine, wanted.dtype, wanted.file_name, features)
     )
     shelf = Shelf(_key(wanted, maker, file), _FILES[wanted.engine], keep=wanted.keep and bool(wanted.revision))
-    scheme = "as exported" if file is not None else _scheme(wanted)
+    scheme = _AS_EXPORTED if file is not None else _scheme(wanted)
     if file is None:
         file = shelf.find() or _made(st, hf, wanted, maker, inputs, shelf, room_bytes, device)
     agreed = shelf.agreement().get(processor)
     samples = inputs_for(wanted.kind, wanted.quantization.texts, _count(hf))
     reference = rows_of(st, samples) if agreed is None else None
     session = _opened(maker, file, wanted, device)
-    words = f"{session.told} {wanted.dtype}" + (
-        f" ({scheme} scales)" if wanted.dtype == "int8" and scheme != "as exported" else ""
-    )
+    words = f"{session.told} {wanted.dtype}"
+    if wanted.dtype == "int8":
+        words += f" ({scheme}{'' if scheme == _AS_EXPORTED else ' scales'}, by {int8_instructions(features)[0]})"
     runtime = " ".join((wanted.engine, wanted.dtype, scheme, _digest(file)))
     place = RuntimeModel(session, hf.config, runtime, _ROUNDING.get(wanted.dtype, 0.0))
     sbert.replace_hf_model(st, place)
