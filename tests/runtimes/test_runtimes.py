@@ -140,6 +140,22 @@ def test_an_export_beside_the_model_is_used_as_it_is(
         Embedder(str(folder), engine="onnx", model_kwargs={"file_name": "other.onnx"})
 
 
+def test_an_export_without_torchs_weights_runs(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As save_pretrained of another backend leaves it: there is nothing to compare with, and nothing else is needed. Where that
+    lacks the dtype, the error says so."""
+    need("onnx")
+    monkeypatch.setenv("MEMSAFE_CACHE_DIR", str(tmp_path / "cache"))
+    wanted = load_and_embed(tiny, "onnx")
+    folder = shutil.copytree(tiny, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "onnx").mkdir()
+    shutil.move(exported(tmp_path / "cache", "*.onnx"), folder / "onnx" / "model.onnx")
+    with Embedder(str(folder), engine="onnx") as embedder:
+        assert np.array_equal(embedder.embed_documents(TEXTS[:4]), wanted)
+        assert embedder._engine.model.agreement is None and embedder.dimension == wanted.shape[1]
+    with pytest.raises(OSError, match="neither weights nor an export for engine='onnx' in int8"):
+        Embedder(str(folder), engine="onnx", dtype="int8")
+
+
 def test_nothing_is_exported_where_memory_does_not_suffice(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

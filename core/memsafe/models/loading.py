@@ -8,6 +8,7 @@ import os
 import threading
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -61,7 +62,7 @@ def _load_for_runtime(spec: ModelSpec, device: Device, policy: MemoryPolicy, roo
     file_name = model_kwargs.pop("file_name", None)
     if model_kwargs:
         options["model_kwargs"] = model_kwargs
-    plain = replace(spec, engine="torch", dtype="float32", options=options)
+    plain = replace(spec, dtype="float32", options=options)
     st, checkpoint = _load_from(plain, device, room_bytes)
     limit_length(st, spec.max_length)
     wanted = Wanted(
@@ -89,7 +90,7 @@ def _load_from(spec: ModelSpec, device: Device, room_bytes: int) -> tuple[Any, w
     """The model of a name as sentence-transformers loads it, and what its folder holds."""
     options = dict(spec.options)
     known: dict[str, Any] = {name: options.get(name) for name in ("revision", "cache_folder")}
-    known["backend"] = options.get("backend", "torch")
+    known["backend"] = options.get("backend", "torch") if spec.engine == "torch" else spec.engine
     known["elsewhere"] = any(name in (options.get("model_kwargs") or {}) for name in ("subfolder", "gguf_file"))
     checkpoint = weights.inspect(spec.model, kind=spec.kind, **known)
     dtype = _dtype_name(spec.dtype, device)
@@ -123,7 +124,8 @@ def _load_from(spec: ModelSpec, device: Device, room_bytes: int) -> tuple[Any, w
     build = sbert.build(spec.kind if heads is None else "embedding")
     st = None
     try:
-        with _loading:
+        hollow = spec.engine != "torch" and checkpoint is not None and checkpoint.hollow
+        with _loading, sbert.without_weights() if hollow else nullcontext():
             st = _built(build, spec, device, options, heads)
     except MemsafeError:
         raise

@@ -212,8 +212,9 @@ class LoadedModel:
 
     def cost_prior(self) -> CostPrior:
         """What a forward takes, before anything is measured."""
-        if self._session is not None:
-            return runtime_prior(self.architecture)
+        if self._session is not None and self._attached is not None:
+            fused = self._session.fuses_attention and getattr(self.config, "_attn_implementation", None) == "sdpa"
+            return runtime_prior(self.architecture, fused=fused, small_mask=self._attached.small_mask)
         if self._tokenwise:
             return tokenwise_prior(self.architecture, self.dtype)
         prior = prior_of(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memsafe.config import format_bytes
-from memsafe.errors import ConfigError, MemsafeError, ModelError, ModelTooLargeError
+from memsafe.errors import ConfigError, MemsafeError, ModelError, ModelNotFoundError, ModelTooLargeError
 from memsafe.machine.device import Device
 from memsafe.machine.refusals import is_out_of_memory
 from memsafe.models import checkstore, sbert
@@ -70,12 +70,14 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Attached:
-    """What runs now. note: what the user should know, "" for nothing. session: None where torch's float32 runs instead."""
+    """What runs now. note: what the user should know, "" for nothing. session: None where torch's float32 runs instead. small_mask:
+    whether the mask over pairs of tokens was left out, as far as the model allows."""
 
     session: Session | None
     told: str
     note: str = ""
     agreement: float | None = None
+    small_mask: bool = False
 
 
 def attach(st: Any, wanted: Wanted, device: Device, room_bytes: int) -> Attached:
@@ -98,13 +100,19 @@ def attach(st: Any, wanted: Wanted, device: Device, room_bytes: int) -> Attached
         if wanted.folder is None
         else beside(wanted.folder, wanted.engine, wanted.dtype, wanted.file_name, features)
     )
+    if file is None and isinstance(hf, sbert.Hollow):
+        raise ModelNotFoundError(
+            f"model: {wanted.name} has neither weights nor an export for engine={wanted.engine!r} in {wanted.dtype}; the copy is not "
+            "complete, or another dtype is there"
+        )
     shelf = Shelf(_key(wanted, maker, file), _FILES[wanted.engine], keep=wanted.keep and bool(wanted.revision))
     scheme = _AS_EXPORTED if file is not None else _scheme(wanted)
     if file is None:
         file = shelf.find() or _made(st, hf, wanted, maker, inputs, shelf, room_bytes, device)
     agreed = shelf.agreement().get(processor)
-    samples = inputs_for(wanted.kind, wanted.quantization.texts, _count(hf))
-    reference = rows_of(st, samples) if agreed is None else None
+    unknown = agreed is None and not isinstance(hf, sbert.Hollow)  # else there is nothing to measure against
+    samples = inputs_for(wanted.kind, wanted.quantization.texts, _count(hf)) if unknown else []
+    reference = rows_of(st, samples) if unknown else None
     session = _opened(maker, file, wanted, device)
     words = f"{session.told} {wanted.dtype}"
     if wanted.dtype == "int8":
@@ -125,7 +133,7 @@ def attach(st: Any, wanted: Wanted, device: Device, room_bytes: int) -> Attached
         )
         warnings.warn(f"model: {wanted.name}: {note}", stacklevel=6)
         return Attached(None, "torch float32", note, agreed)
-    return Attached(session, words, "", agreed)
+    return Attached(session, words, "", agreed, small_mask=scheme != _AS_EXPORTED)
 
 
 def _inputs_of(st: Any) -> list[str]:

@@ -105,6 +105,7 @@ class Opened:
     """See :class:`memsafe.models.runtimes.session.Session`. Without an arena: what a forward takes, it gives back."""
 
     survives_fork = True  # it computes in the calling thread
+    fuses_attention = False
 
     def __init__(self, file: Path, *, dtype: str, cores: int) -> None:
         onnxruntime = _module("onnxruntime")

@@ -72,6 +72,7 @@ class Opened:
     :meth:`release`; there are as many as threads that ever ran at once."""
 
     survives_fork = False
+    fuses_attention = True
 
     def __init__(self, file: Path, *, dtype: str, cores: int) -> None:
         openvino = _module()

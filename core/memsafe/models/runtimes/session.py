@@ -21,6 +21,7 @@ class Session(Protocol):
 
     inputs: names of what it takes, int64 of shape (rows, tokens). weights_bytes: of its file. told: what was chosen, in words.
     dtype: what its products are computed in. survives_fork: whether a forked child may use it.
+    fuses_attention: whether it makes no scores of all pairs of tokens.
     """
 
     inputs: tuple[str, ...]
@@ -28,6 +29,7 @@ class Session(Protocol):
     told: str
     dtype: str
     survives_fork: bool
+    fuses_attention: bool
 
     def run(self, features: Mapping[str, Array]) -> Array:
         """Last hidden states, float32 (rows, tokens, width), or scores, (rows, labels)."""
