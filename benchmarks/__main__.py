@@ -20,6 +20,7 @@ from benchmarks.contenders import EMBED, RERANK, Contender
 from benchmarks.corpus import corpus
 from benchmarks.dtype import dtype
 from benchmarks.feeding import feeding
+from benchmarks.int8 import int8
 from benchmarks.overhead import overhead
 from benchmarks.prediction import CASES, prediction
 from benchmarks.quality import quality
@@ -168,6 +169,11 @@ class Suite:
         """Ranking quality on labelled sets."""
         return quality(**({"documents": 200, "queries": 10} if self.quick else {}))
 
+    def int8(self) -> Results:
+        """Other runtimes and int8."""
+        few = {"count": 60, "pairs": 30, "tail": 20, "rounds": 2, "budget_s": 20.0} if self.quick else {}
+        return int8(folder=self.folder, **few)
+
 
 SECTIONS = (
     *(
@@ -181,6 +187,7 @@ SECTIONS = (
         "corpus",
         "dtype",
         "quality",
+        "int8",
         "mixes",
         "scale",
     ),

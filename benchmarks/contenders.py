@@ -22,7 +22,7 @@ class Contender:
 
     default: the setting that a user gets who sets nothing ({} leaves all to the library); None if there is no such.
     sweep: batch sizes tried to find its best.
-    export: "onnx" or "openvino" where the model has to be exported first, by environment `exporter`.
+    export: "onnx" or "openvino" where the model has to be exported first, by environment `exporter`; with "-int8" made int8 too.
     """
 
     label: str
@@ -37,7 +37,7 @@ class Contender:
 
     @property
     def exporter(self) -> str:
-        return "onnx" if self.export == "onnx" else self.environment
+        return "onnx" if self.export.startswith("onnx") else self.environment
 
 
 _F32 = {"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}}

@@ -25,7 +25,18 @@ def _cpu() -> tuple[str, list[str]]:
                 name = value.strip()
             elif key.strip() in ("flags", "Features"):
                 flags = value
-    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "bf16")
+    wanted = (
+        "avx2",
+        "avx_vnni",
+        "avx512f",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+        "amx_bf16",
+        "amx_int8",
+        "asimd",
+        "bf16",
+    )
     return name, [flag for flag in wanted if flag in flags.split()]
 
 

@@ -117,18 +117,34 @@ def model_path(name: str) -> Path:
     return folder
 
 
+_PLAIN = (
+    "from sentence_transformers import {kind} as M; import sys; "
+    "m = M(sys.argv[1], backend={backend!r}, device='cpu', model_kwargs={{'export': True}}); m.save_pretrained(sys.argv[2]); "
+)
+_EXPORTS = {
+    "onnx": _PLAIN,
+    "openvino": _PLAIN,
+    "onnx-int8": _PLAIN
+    + "from sentence_transformers import export_dynamic_quantized_onnx_model as e; e(m, 'avx512_vnni', sys.argv[2])",
+    "openvino-int8": _PLAIN + "import nncf, openvino as o; p = sys.argv[2] + '/openvino/openvino_model'; "
+    "q = nncf.compress_weights(o.Core().read_model(p + '.xml'), mode=nncf.CompressWeightsMode.INT8_SYM); "
+    "o.save_model(q, p + '_int8.xml', compress_to_fp16=False)",
+}
+
+
 def exported(name: str, backend: str, python: str) -> Path:
-    """A copy of model `name` with its "onnx" or "openvino" export, made once by `python` (the backend's environment)."""
+    """A copy of model `name` with its "onnx" or "openvino" export, made once by `python` (the backend's environment).
+
+    "onnx-int8", "openvino-int8": as sentence-transformers and optimum make them without a data set from the hub: dynamic scales of a
+    whole tensor; weights in int8 and dynamic scales of tokens.
+    """
     folder = CACHE / f"{name}-{backend}"
     if not folder.exists():
         partial = CACHE / f"{name}-{backend}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.parent.mkdir(parents=True, exist_ok=True)
         kind = "CrossEncoder" if "cross-encoder" in name else "SentenceTransformer"
-        code = (
-            f"from sentence_transformers import {kind} as M; import sys; "
-            f"M(sys.argv[1], backend={backend!r}, device='cpu', model_kwargs={{'export': True}}).save_pretrained(sys.argv[2])"
-        )
+        code = _EXPORTS[backend].format(kind=kind, backend=backend.partition("-")[0])
         done = subprocess.run(
             [python, "-c", code, str(model_path(name)), str(partial)],
             capture_output=True,

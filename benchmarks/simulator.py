@@ -117,6 +117,8 @@ class _Model:
     """What planning asks of a model; its arithmetic is the curve's."""
 
     packed, pad_multiple, workspace_bytes, dtype_name = True, 1, 0, "float32"
+    one_core_each: bool = False
+    most_padding: float | None = None
 
     def __init__(self, curve: Curve) -> None:
         self.curve = curve

@@ -355,6 +355,40 @@ def quality(section: Section) -> list[str]:
     return lines + [f"- Not run: {why}" for why in section["not_run"]]
 
 
+def int8(section: Section) -> list[str]:
+    lines = ["## int8 on a CPU", ""]
+    for found in section["tasks"]:
+        lines += [*_task(found, "times our float32", _speed_of), ""]
+        lines += ["By processor seconds, which suffer less from neighbours:", ""]
+        base = statistics.median(found["rows"][0]["cpu_seconds"])
+        lines += table(
+            ["", "tokens per processor second", "times our float32"],
+            [
+                [_label(row), f"{found['tokens'] / seconds:,.0f}", f"{base / seconds:.2f}"]
+                for row in found["rows"]
+                for seconds in (statistics.median(row["cpu_seconds"]),)
+            ],
+        )
+        peaks = section["memory"].get(f"{found['task']}, {found['model']}", [])
+        lines += ["", *table(["peak memory beyond before loading", ""], [[_label(row), row.get("not_run") or mib(row["peak_beyond_before_load_bytes"])] for row in peaks]), ""]  # fmt: skip
+    rows = section["quality"]
+    if rows:
+        lines += ["### Ranking: nDCG@10 on Cranfield", ""]
+        lines += table(
+            ["", "computed in", "nDCG@10", "cosine to float32, median (least)"],
+            [
+                [
+                    f"{row['what']}, {row['way']}",
+                    f"{row['dtype']}: {row['path']}",
+                    f"{row['ndcg_10']:.4f}",
+                    f"{row['median_cosine']:.5f} ({row['least_cosine']:.4f})" if "median_cosine" in row else "-",
+                ]
+                for row in rows
+            ],
+        )
+    return lines
+
+
 SECTIONS: dict[str, Callable[[Section], list[str]]] = {
     "speed": lambda section: _speed(section, "Embedding"),
     "rerank": lambda section: _speed(section, "Reranking"),
@@ -368,6 +402,7 @@ SECTIONS: dict[str, Callable[[Section], list[str]]] = {
     "corpus": corpus,
     "dtype": dtype,
     "quality": quality,
+    "int8": int8,
 }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-__all__ = ["device_list"]
+__all__ = ["device_list", "own_device"]
 
 
 def device_list(target_devices: Sequence[str] | None = None) -> list[str]:
@@ -20,3 +21,8 @@ def device_list(target_devices: Sequence[str] | None = None) -> list[str]:
     if torch.cuda.is_available():
         return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return ["cpu"]
+
+
+def own_device(options: Mapping[str, Any]) -> str | None:
+    """The only device of an engine that has one, where `options` of the core name such; None for the best of the machine."""
+    return None if options.get("engine", "torch") == "torch" else "cpu"

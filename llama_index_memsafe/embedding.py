@@ -13,7 +13,7 @@ from llama_index.core.constants import DEFAULT_EMBED_BATCH_SIZE
 from llama_index.core.utils import get_cache_dir, infer_torch_device
 
 from llama_index_memsafe._cache import COLLECTION, CachedWork, turn
-from llama_index_memsafe._devices import device_list
+from llama_index_memsafe._devices import device_list, own_device
 from llama_index_memsafe._events import (
     current_progress,
     emit_batch,
@@ -62,7 +62,7 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
             those of queries replace the others, if not empty. Without a ``task``, queries and texts are ``"query"`` and
             ``"document"`` to a model that knows these.
         num_workers, embeddings_cache, rate_limiter: as in ``BaseEmbedding`` (upstream's constructor refuses them).
-        revision, truncate_dim, **model_kwargs: as in ``SentenceTransformer``.
+        revision, truncate_dim, **model_kwargs: as in ``SentenceTransformer``; and ``engine``, ``quantization`` of the core's ``Embedder``.
 
     ``embed_batch_size`` groups events and callbacks. It caps the rows of a micro-batch only if you set it.
 
@@ -162,7 +162,7 @@ class MemsafeEmbedding(Reloadable, BaseEmbedding):
         )
         self._exact = parity
         self._batch_size_unset = isinstance(embed_batch_size, _Unset)
-        self._device = device or infer_torch_device()
+        self._device = device or own_device(model_kwargs) or infer_torch_device()
         settings: dict[str, Any] = {
             **model_kwargs,
             "model": model_name,

@@ -15,7 +15,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from llama_index.core.utils import infer_torch_device
 
-from llama_index_memsafe._devices import device_list
+from llama_index_memsafe._devices import device_list, own_device
 from llama_index_memsafe._reports import collected, tags, tell
 from llama_index_memsafe._state import CoreHolder, Reloadable, is_overridden
 from memsafe import ConfigError, EventHook, MemoryPolicy, RankedDocument, Reranker, in_thread
@@ -126,7 +126,7 @@ class MemsafeRerank(Reloadable, BaseNodePostprocessor):
                 "'device' and 'model' should not be specified in 'cross_encoder_kwargs'. "
                 "Use the top-level 'device' and 'model' parameters instead."
             )
-        self._device = infer_torch_device() if device is None else device
+        self._device = own_device(options) or infer_torch_device() if device is None else device
         options.setdefault("max_length", _MAX_LENGTH)
         options.update(
             model=model,

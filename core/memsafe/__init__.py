@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from memsafe.ragged import RaggedArray
     from memsafe.recording import Recording
     from memsafe.reranker import RankedDocument, Reranker, RerankRun
+    from memsafe.runtimes import Quantization
     from memsafe.similarity import maxsim
     from memsafe.sparse import SparseEmbedder, SparseRun
     from memsafe.stores.cache import CacheFile
@@ -84,6 +85,7 @@ __all__ = [
     "MultiVectorRun",
     "Neighbours",
     "PerProcess",
+    "Quantization",
     "RaggedArray",
     "RankedDocument",
     "Recording",
@@ -113,6 +115,7 @@ _LATER |= {"Recording": "recording"}
 _LATER |= {"RankedDocument": "reranker", "RerankRun": "reranker", "Reranker": "reranker"}
 _LATER |= {"SparseEmbedder": "sparse", "SparseRun": "sparse", "HybridEmbedder": "hybrid", "HybridRun": "hybrid"}
 _LATER |= dict.fromkeys(("LateInteractionReranker", "MultiVectorEmbedder", "MultiVectorRun"), "multi_vector")
+_LATER |= {"Quantization": "runtimes"}
 _LATER |= {"RaggedArray": "ragged", "maxsim": "similarity"}
 
 

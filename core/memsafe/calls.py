@@ -16,6 +16,7 @@ from memsafe import inputs
 from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError, InputTooLargeError
 from memsafe.events import EventHook, RunReport
+from memsafe.runtimes import Quantization, check_engine
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -127,9 +128,13 @@ class Model:
         memory: MemoryPolicy | dict[str, Any] | None,
         hooks: Sequence[EventHook],
         options: dict[str, Any],
+        engine: str = "torch",
+        quantization: Any = None,
         **spec: Any,
     ) -> None:
         policy = inputs.policy(memory)
+        device = check_engine(engine, dtype=spec.get("dtype"), device=device, options=options)
+        chosen_quantization = Quantization.of(quantization)
         names = inputs.devices(device)
         # torch is imported only now, with the allocator's settings in the environment already
         from memsafe.machine import allocator
@@ -137,7 +142,14 @@ class Model:
         allocator.configure(policy.alloc_conf)
         from memsafe.models.model import ModelSpec
 
-        chosen = ModelSpec(self._kind, inputs.model_name(model), _rename(options), **spec)
+        chosen = ModelSpec(
+            self._kind,
+            inputs.model_name(model),
+            _rename(options),
+            engine=engine,
+            quantization=chosen_quantization,
+            **spec,
+        )
         self._engine: Engine = self._make_engine(chosen, names, policy, hooks)
         # The device's dispatcher knows the engine, so dropping this object would not free the model by itself.
         from memsafe.engine import reaper

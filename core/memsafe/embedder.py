@@ -16,6 +16,7 @@ from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError, InputError
 from memsafe.events import EventHook, RunReport
 from memsafe.long_documents import EMBEDDING, MAX_WINDOWS, check, check_spans, prepare_chunks, weighted
+from memsafe.runtimes import Quantization
 from memsafe.texts import identity_of
 
 __all__ = ["Embedder", "EmbeddingRun"]
@@ -41,7 +42,10 @@ class Embedder(Model):
         model: folder, hub id such as ``"BAAI/bge-m3"``, or a loaded SentenceTransformer.
         device: None for the best one (cuda, mps, xpu, cpu), a name, or several names: one copy of the model on each.
         dtype: None keeps the checkpoint's numbers; ``"auto"`` the half precision that the device computes natively,
-            if any; or ``"float32"``, ``"float16"``, ``"bfloat16"``.
+            if any; or ``"float32"``, ``"float16"``, ``"bfloat16"``; with another engine than torch ``"int8"`` too.
+        engine: what computes: ``"torch"``; or, on a CPU, ``"openvino"`` or ``"onnx"`` (extras of these names), from an export that
+            lies in the model's folder, or is made once and kept. None is float32 there.
+        quantization: how a model becomes int8 and what that may cost: a :class:`Quantization`, or a dict of its fields.
         max_length: tokens after which texts are cut; None as the model says.
         normalize: True scales rows to length 1; None and False leave them as the model makes them.
         truncate_dim: keep only so many leading dimensions.
@@ -67,6 +71,8 @@ class Embedder(Model):
         *,
         device: Any = None,
         dtype: Any = None,
+        engine: str = "torch",
+        quantization: Quantization | dict[str, Any] | None = None,
         max_length: int | None = None,
         normalize: bool | None = None,
         truncate_dim: int | None = None,
@@ -83,6 +89,8 @@ class Embedder(Model):
             "model": model,
             "device": device,
             "dtype": dtype,
+            "engine": engine,
+            "quantization": quantization,
             "max_length": max_length,
             "normalize": normalize,
             "truncate_dim": truncate_dim,
@@ -97,7 +105,17 @@ class Embedder(Model):
         truncate_dim = _check_dim(truncate_dim)
         if truncate_dim is not None and isinstance(model, (str, os.PathLike)):
             options["truncate_dim"] = truncate_dim  # so that the model itself tells the width that users will get
-        super().__init__(model, device, dtype=dtype, max_length=max_length, memory=memory, hooks=hooks, options=options)
+        super().__init__(
+            model,
+            device,
+            dtype=dtype,
+            engine=engine,
+            quantization=quantization,
+            max_length=max_length,
+            memory=memory,
+            hooks=hooks,
+            options=options,
+        )
         self._normalize = normalize
         self._truncate_dim = truncate_dim
         self._show_progress = show_progress

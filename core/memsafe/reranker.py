@@ -15,6 +15,7 @@ from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError, ModelError
 from memsafe.events import EventHook, RunReport
 from memsafe.long_documents import MAX_WINDOWS, RERANKING, best, check, mean
+from memsafe.runtimes import Quantization
 
 __all__ = ["RankedDocument", "RerankRun", "Reranker"]
 
@@ -44,7 +45,7 @@ class Reranker(Model):
 
     Args:
         model: folder, hub id such as ``"BAAI/bge-reranker-v2-m3"``, or a loaded CrossEncoder.
-        device, dtype, memory, hooks, show_progress: as for :class:`Embedder`.
+        device, dtype, engine, quantization, memory, hooks, show_progress: as for :class:`Embedder`.
         max_length: tokens of a pair after which it is cut; None as the model says.
         num_labels: for a model whose head is to be made anew; None as saved.
         activation_fn: a callable on scores (torch, float32); None as the model says (sigmoid for one label).
@@ -65,6 +66,8 @@ class Reranker(Model):
         *,
         device: Any = None,
         dtype: Any = None,
+        engine: str = "torch",
+        quantization: Quantization | dict[str, Any] | None = None,
         max_length: int | None = None,
         num_labels: int | None = None,
         activation_fn: Callable[[Any], Any] | None = None,
@@ -83,6 +86,8 @@ class Reranker(Model):
             "model": model,
             "device": device,
             "dtype": dtype,
+            "engine": engine,
+            "quantization": quantization,
             "max_length": max_length,
             "num_labels": num_labels,
             "activation_fn": activation_fn,
@@ -106,6 +111,8 @@ class Reranker(Model):
             model,
             device,
             dtype=dtype,
+            engine=engine,
+            quantization=quantization,
             max_length=max_length,
             memory=memory,
             hooks=hooks,

@@ -19,7 +19,7 @@ import itertools
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -277,6 +277,15 @@ class SimulatedModel:
     # what memsafe asks of it: see memsafe.models.model.LoadedModel
 
     name, content, commit = "simulated", "simulated", None
+    notes: tuple[str, ...] = ()
+    one_core_each, survives_fork = False, True
+    most_padding: float | None = None
+
+    def measure(self, live: bool) -> AbstractContextManager[Peak]:
+        return self.device.measure(live)
+
+    def release(self) -> int:
+        return 0
 
     def cost_key(self) -> CostKey:
         layout = "packed" if self.packed else "padded"

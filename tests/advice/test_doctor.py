@@ -15,6 +15,7 @@ from memsafe.attention import kernels
 from memsafe.config import GiB, MiB
 from memsafe.machine import nvml
 from memsafe.machine.linux import LinuxHost
+from memsafe.runtimes import int8_instructions
 
 
 def machine(**changes: Any) -> dict[str, Any]:
@@ -102,12 +103,29 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_PASSWORD", "hunter2")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     found = doctor.examine()
+    assert found.cpu["int8"] == ": ".join(int8_instructions(found.cpu["features"]))
     assert found.cpu["cores to use"] >= 1 and found.memory["free_bytes"] > 0
     assert "torch" in found.versions and found.settings["OMP_NUM_THREADS"] == "2"
     told = json.dumps(found.to_dict()) + str(found)
     assert "hf_very_secret" not in told and "hunter2" not in told and os.path.expanduser("~") + "/" not in told
     assert doctor.compare(found.to_dict(), json.loads(json.dumps(found.to_dict()))) == []
     assert found.allocator["status"] in ("set", "user", "late", "unsupported")
+
+
+@pytest.mark.parametrize(
+    ("features", "told", "means"),
+    [
+        ({"avx2", "avx512f", "avx512_vnni", "amx_int8"}, "AMX", "much faster"),
+        ({"avx2", "avx_vnni"}, "VNNI", "twice as fast"),
+        ({"avx2", "fma"}, "AVX without VNNI", "little time"),
+        ({"asimd", "asimddp"}, "dot products", "faster"),
+        (set(), "unknown instructions", "must be tried"),
+    ],
+)
+def test_what_multiplies_int8_is_said(features: set[str], told: str, means: str) -> None:
+    """By the processor's instructions, best first."""
+    found = int8_instructions(features)
+    assert found[0] == told and means in found[1]
 
 
 def test_two_machines_differ_where_it_matters_first() -> None:

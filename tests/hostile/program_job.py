@@ -45,6 +45,22 @@ def langchain(folder: Path, texts: list[str]) -> Any:
     )
 
 
+def memsafe_int8(folder: Path, texts: list[str]) -> Any:
+    from memsafe import Embedder
+
+    with Embedder(str(folder / "embedder"), engine="openvino", dtype="int8") as embedder:
+        run = embedder.run(texts)
+    print(json.dumps({"report": run.report.to_dict()}))
+    return run.embeddings
+
+
+def encode_over_the_same_export(folder: Path, texts: list[str]) -> Any:
+    """sentence-transformers' own encode, at its default batch size, over the export that memsafe runs."""
+    from memsafe import Embedder
+
+    return Embedder(str(folder / "embedder"), engine="openvino", dtype="int8").model.encode(texts)
+
+
 def memsafe_reranker(folder: Path, pairs: list[Any]) -> Any:
     from memsafe import Reranker
 
@@ -65,6 +81,8 @@ CONTENDERS = {
     "SentenceTransformer.encode": sentence_transformers,
     "llama_index HuggingFaceEmbedding": llama_index,
     "langchain HuggingFaceEmbeddings": langchain,
+    "memsafe.Embedder, OpenVINO int8": memsafe_int8,
+    "SentenceTransformer.encode, OpenVINO int8": encode_over_the_same_export,
     "memsafe.Reranker": memsafe_reranker,
     "CrossEncoder.predict": cross_encoder,
 }

@@ -29,6 +29,8 @@ class PlainModel:
     """A token costs 1 MiB and one operation; nothing else costs anything."""
 
     packed, pad_multiple, workspace_bytes, dtype_name = True, 1, 0, "float32"
+    one_core_each: bool = False
+    most_padding: float | None = None
 
     def cost_shape(self, batch: MicroBatch) -> BatchShape:
         return batch.shape

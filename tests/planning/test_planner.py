@@ -169,3 +169,28 @@ def test_planning_costs_microseconds_per_input() -> None:
     batches = cut(BatchPlanner(packed=True), inputs, cost=cost(), budget_bytes=EVERYTHING, max_tokens=16_384)
     assert time.process_time() - started < 1.0
     assert sum(batch.num_tokens for batch in batches) == sum(lengths)
+
+
+@given(lengths=st.lists(st.integers(1, 600), min_size=1, max_size=80))
+@settings(max_examples=50, deadline=None)
+def test_padding_stays_below_the_share_that_is_allowed(lengths: list[int]) -> None:
+    """Where a runtime takes padded rows only, no micro-batch has more than a twentieth of padding, and none is smaller than it
+    must be for that: one input more would have been too much, or too many tokens."""
+    planner = BatchPlanner(packed=False, most_padding=0.05)
+    batches = cut(planner, items(lengths), cost=cost(), budget_bytes=EVERYTHING, max_tokens=2000)
+    assert sorted(item.index for batch in batches for item in batch.items) == list(range(len(lengths)))
+    for batch, after in zip(batches, [*batches[1:], None], strict=True):
+        assert 1 - batch.num_tokens / batch.shape.tokens <= 0.05 + 1e-9
+        if after is not None:
+            width, rows = batch.shape.longest, len(batch) + 1
+            more = batch.num_tokens + after.items[0].num_tokens
+            assert more < 0.95 * width * rows + 1e-9 or width * rows > 2000
+
+
+def test_padding_is_as_it_comes_unless_it_is_bounded() -> None:
+    """Torch's padded batches are cut by tokens alone, as ever; packed ones have none."""
+    inputs = items([100, 60, 20])
+    for planner in (BatchPlanner(packed=False), BatchPlanner(packed=True, most_padding=0.05)):
+        assert len(cut(planner, inputs, cost=cost(), budget_bytes=EVERYTHING, max_tokens=2000)) == 1
+    tight = BatchPlanner(packed=False, most_padding=0.05)
+    assert len(cut(tight, inputs, cost=cost(), budget_bytes=EVERYTHING, max_tokens=2000)) == 3

@@ -14,6 +14,7 @@ from typing import Any
 from memsafe.config import MemoryPolicy, format_bytes
 from memsafe.doctor.comparing import Difference, compare
 from memsafe.doctor.findings import Finding, findings_of
+from memsafe.runtimes import int8_instructions
 
 __all__ = ["SETTINGS", "Difference", "Examination", "Finding", "compare", "examine", "findings_of"]
 
@@ -30,10 +31,12 @@ SETTINGS = (
 """Environment variables that memory and speed depend on; their values are numbers and names of options."""
 _PACKAGES = (
     "memsafe", "torch", "transformers", "sentence-transformers", "tokenizers", "safetensors", "numpy", "llama-index-core",
-    "langchain-core", "flash-attn", "accelerate", "peft",
+    "langchain-core", "flash-attn", "accelerate", "peft", "openvino", "nncf", "onnx", "onnxruntime",
 )  # fmt: skip
 _DTYPES = ("float32", "float16", "bfloat16")
-_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimdhp", "bf16")
+_FEATURES = (
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimdhp", "asimddp", "i8mm", "bf16",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ def _cpu(host: Any) -> dict[str, Any]:
         "torch threads": torch.get_num_threads(),
         "features": [name for name in _FEATURES if name in features],
         "dtypes": [name for name in _DTYPES if host.supports(name)],
+        "int8": ": ".join(int8_instructions(features)),
     }
 
 

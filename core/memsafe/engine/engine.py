@@ -192,7 +192,7 @@ class Engine:
             weights_bytes=sum(m.weights_bytes for m in self.models),
             total_s=time.perf_counter() - job.started,
         )
-        for note in self._notes:
+        for note in (*self._notes, *model.notes):
             job.report.note(note)
         return job.report.build()
 

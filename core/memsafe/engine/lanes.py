@@ -275,7 +275,9 @@ class Lanes:
         """Do it, without the lock; returns how many bytes went back."""
         released = 0
         if tidy is Tidy.RELEASE:
-            released = self.device.release()
+            with self.lock:
+                models = [runner.model for runner in self._runners.values()]
+            released = sum(model.release() for model in models) + self.device.release()
         elif tidy is Tidy.TIGHTEN:
             heap.tighten()
         else:

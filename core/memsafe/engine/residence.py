@@ -182,6 +182,11 @@ class Residence:
                     f"this process was forked after {device.name} was in use, and CUDA does not survive a fork; "
                     "use the 'spawn' start method, or load the model in the child"
                 )
+        if not all(model.survives_fork for model in self.models):
+            raise ClosedError(
+                f"this process was forked after {self.spec.engine} had loaded a model, whose threads do not survive a fork; use the "
+                "'spawn' start method, or load the model in the child"
+            )
         here = self._presence.here
         self._lock, self._presence, self.hooks = threading.Lock(), Presence(), Hooks(self._given_hooks)
         self.backlog, self.runners = Backlog(scheduling_lock()), []

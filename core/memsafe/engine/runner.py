@@ -134,7 +134,7 @@ class Runner:
         extras = work.batch.items[0].job.extras
         if self._launch is None:
             return self._forward_here(work, ticket, extras)
-        with self._launch, self.device.measure(live=True) as peak:
+        with self._launch, self.model.measure(live=True) as peak:
             launched, begin = time.perf_counter(), self.device.mark()
             copy = HostCopy(self.model.forward(work.batch, extras, work.rung))
             end = self.device.mark()
@@ -151,7 +151,7 @@ class Runner:
         """On a CPU: this thread computes, beside others."""
         probe = ticket.probe and not work.failures
         began = time.thread_time()
-        with self.device.measure(live=probe) if probe or ticket.exact_heap else nullcontext() as peak:
+        with self.model.measure(live=probe) if probe or ticket.exact_heap else nullcontext() as peak:
             rows = to_host(self.model.forward(work.batch, extras, work.rung))
         seconds = time.thread_time() - began
         alone = ticket.threads == 1 and not probe  # on one core; the tracker of live bytes takes time itself

@@ -7,6 +7,8 @@ import importlib
 import os
 import threading
 import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +19,13 @@ from memsafe.errors import ConfigError, MemsafeError, ModelError, ModelNotFoundE
 from memsafe.machine.device import Device, open_device
 from memsafe.machine.refusals import is_out_of_memory
 from memsafe.models import m3, sbert, weights
-from memsafe.models.model import LoadedModel, ModelSpec
+from memsafe.models.model import LoadedModel, ModelSpec, limit_length
+from memsafe.models.runtimes.attach import Wanted, attach
+from memsafe.runtimes import DTYPES as RUNTIME_DTYPES
 
 __all__ = ["load", "move", "size_of"]
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def load(
@@ -31,13 +37,60 @@ def load(
     Raises :class:`ModelTooLargeError` before anything is loaded, :class:`ModelError` for a model that cannot be used.
     """
     if not isinstance(spec.model, str):
+        if spec.engine != "torch":
+            raise ConfigError(
+                f"engine: got {spec.engine!r} with a loaded model; give its folder or its hub id, which is exported once and kept"
+            )
         if spec.dtype is not None:
             raise ConfigError(f"dtype: got {spec.dtype!r} with a loaded model; load it in that dtype, or pass its name")
         spec = _given(spec, device, room_bytes, copied)
         return LoadedModel(spec.model, spec, device, policy, revision="", name=type(spec.model).__name__)
+    if spec.engine != "torch":
+        return _load_for_runtime(spec, device, policy, room_bytes)
+    st, checkpoint = _load_from(spec, device, room_bytes)
+    try:
+        return LoadedModel(st, spec, device, policy, checkpoint.revision if checkpoint else "", spec.model)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _unusable(spec, error) from error
+
+
+def _load_for_runtime(spec: ModelSpec, device: Device, policy: MemoryPolicy, room_bytes: int) -> LoadedModel:
+    """`spec` as its engine runs it. What the engine loads is a float32 export, or one made of such; its own dtype is another."""
+    dtype = _dtype_name(spec.dtype, device, RUNTIME_DTYPES[spec.engine]) or "float32"
+    options = dict(spec.options)
+    model_kwargs = dict(options.pop("model_kwargs", None) or {})
+    file_name = model_kwargs.pop("file_name", None)
+    if model_kwargs:
+        options["model_kwargs"] = model_kwargs
+    plain = replace(spec, dtype="float32", options=options)
+    st, checkpoint = _load_from(plain, device, room_bytes)
+    limit_length(st, spec.max_length)
+    wanted = Wanted(
+        kind=spec.kind,
+        engine=spec.engine,
+        dtype=dtype,
+        name=str(spec.model),
+        folder=checkpoint.folder if checkpoint else None,
+        revision=checkpoint.revision if checkpoint else "",
+        options=options,
+        quantization=spec.quantization,
+        file_name=file_name,
+        keep=policy.learn,
+    )
+    attached = attach(st, wanted, device, room_bytes)
+    if policy.release != "never":
+        device.release()
+    try:
+        return LoadedModel(st, spec, device, policy, wanted.revision, wanted.name, attached)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _unusable(spec, error) from error
+
+
+def _load_from(spec: ModelSpec, device: Device, room_bytes: int) -> tuple[Any, weights.Checkpoint | None]:
+    """The model of a name as sentence-transformers loads it, and what its folder holds."""
     options = dict(spec.options)
     known: dict[str, Any] = {name: options.get(name) for name in ("revision", "cache_folder")}
-    known["backend"] = options.get("backend", "torch")
+    known["backend"] = options.get("backend", "torch") if spec.engine == "torch" else spec.engine
     known["elsewhere"] = any(name in (options.get("model_kwargs") or {}) for name in ("subfolder", "gguf_file"))
     checkpoint = weights.inspect(spec.model, kind=spec.kind, **known)
     dtype = _dtype_name(spec.dtype, device)
@@ -71,7 +124,8 @@ def load(
     build = sbert.build(spec.kind if heads is None else "embedding")
     st = None
     try:
-        with _loading:
+        hollow = spec.engine != "torch" and checkpoint is not None and checkpoint.hollow
+        with _loading, sbert.without_weights() if hollow else nullcontext():
             st = _built(build, spec, device, options, heads)
     except MemsafeError:
         raise
@@ -90,15 +144,17 @@ def load(
         raise weights.too_large(spec.model, checkpoint, need, device.snapshot().free_bytes, device.name)
     if checkpoint is None:  # a hub id that was not on this machine before
         checkpoint = weights.inspect(spec.model, kind=spec.kind, **known)
-    try:
-        return LoadedModel(st, spec, device, policy, checkpoint.revision if checkpoint else "", spec.model)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, MemsafeError) or is_out_of_memory(error):
-            raise
-        raise ModelError(
-            f"model: {spec.model!r} was loaded but cannot be used: {type(error).__name__}: {error}; something in its "
-            "configuration has a value that it cannot have"
-        ) from error
+    return st, checkpoint
+
+
+def _unusable(spec: ModelSpec, error: Exception) -> Exception:
+    """What to raise where a loaded model turned out not to work."""
+    if isinstance(error, MemsafeError) or is_out_of_memory(error):
+        return error
+    return ModelError(
+        f"model: {spec.model!r} was loaded but cannot be used: {type(error).__name__}: {error}; something in its "
+        "configuration has a value that it cannot have"
+    )
 
 
 def _built(build: Any, spec: ModelSpec, device: Device, options: dict[str, Any], heads: dict[str, str] | None) -> Any:
@@ -161,16 +217,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_lock)  # another thread of the parent may have held it
 
 
-def _dtype_name(dtype: Any, device: Device) -> str | None:
-    """The dtype to load in, or None for the checkpoint's. Raises :class:`ConfigError` for one that is unknown."""
+def _dtype_name(dtype: Any, device: Device, known: Sequence[str] = DTYPES) -> str | None:
+    """The dtype to load in, or None for the checkpoint's. Raises :class:`ConfigError` for one that is not `known`."""
     if dtype is None:
         return None
     name = str(dtype).removeprefix("torch.")
     if name == "auto":
-        return next((half for half in ("bfloat16", "float16") if device.supports(half)), "float32")
-    if name not in ("float32", "float16", "bfloat16"):
-        raise ConfigError(f"dtype: got {dtype!r}; choose from None, 'auto', 'float32', 'float16', 'bfloat16'")
-    if name != "float32" and not device.supports(name):
+        return next((half for half in ("bfloat16", "float16") if half in known and device.supports(half)), "float32")
+    if name not in known:
+        raise ConfigError(f"dtype: got {dtype!r}; choose from None, 'auto', {', '.join(map(repr, known))}")
+    if name in ("float16", "bfloat16") and not device.supports(name):
         warnings.warn(f"{device.name} has no native {name}; it will be emulated, slowly", stacklevel=4)
     return name
 

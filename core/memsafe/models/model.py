@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,20 +15,26 @@ import torch
 from memsafe.attention import interface, kernels
 from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError
-from memsafe.machine.device import Device, open_device
+from memsafe.machine.device import Device, Peak, open_device
 from memsafe.machine.refusals import is_out_of_memory
 from memsafe.models import checkstore, fallbacks, late, sbert, segments, weights
 from memsafe.models.identity import content_digest
-from memsafe.models.priors import prior_of, tiled, tokenwise_prior
+from memsafe.models.priors import prior_of, runtime_prior, tiled, tokenwise_prior
 from memsafe.models.private import private_copy
 from memsafe.models.routes import Routes, Solo, rows_of_features
+from memsafe.models.runtimes.attach import Attached
+from memsafe.models.runtimes.session import RuntimeModel
 from memsafe.models.selfcheck import SelfCheck, run_self_check
 from memsafe.models.tokenizing import InputEncoder
 from memsafe.planning.architecture import Architecture
 from memsafe.planning.batch import BatchShape, MicroBatch
 from memsafe.planning.cost import CostKey, CostPrior
+from memsafe.runtimes import Quantization
 
 __all__ = ["LoadedModel", "ModelSpec"]
+
+MOST_PADDING = 0.05
+"""Of what another runtime computes, which cannot take packed rows."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,9 @@ class ModelSpec:
     query_max_length: int | None = None
     outputs: tuple[str, ...] = ()
     """Of a model that has several."""
+    engine: str = "torch"
+    """Of :data:`memsafe.runtimes.ENGINES`."""
+    quantization: Quantization = field(default_factory=Quantization)
 
     def __post_init__(self) -> None:
         if self.model is not None and not isinstance(self.model, str):
@@ -57,13 +66,23 @@ class LoadedModel:
     """One copy of a model on one device. :meth:`forward` may be called from several threads at once.
 
     st: the SentenceTransformer or CrossEncoder as it was loaded or handed in; it stays as it is. What runs is a private
-    copy of its modules over the same weights. pad_multiple: what padded lengths are rounded up to.
+    copy of its modules over the same weights. pad_multiple: what padded lengths are rounded up to. attached: another runtime in
+    the place of its transformers model; None for torch.
     """
 
     def __init__(
-        self, st: Any, spec: ModelSpec, device: Device, policy: MemoryPolicy, revision: str, name: str
+        self,
+        st: Any,
+        spec: ModelSpec,
+        device: Device,
+        policy: MemoryPolicy,
+        revision: str,
+        name: str,
+        attached: Attached | None = None,
     ) -> None:
         self.st = st
+        self._attached = attached
+        self._session = None if attached is None else attached.session
         self.device = device
         self.kind = spec.kind
         self.name = name
@@ -82,6 +101,8 @@ class LoadedModel:
         self.routes = Routes(run, spec.kind, self.encoder, self._torch_device)
         self.hf, self.dtype = self.routes.hf, self.routes.dtype
         self.weights_bytes = sum(t.numel() * t.element_size() for t in (*st.parameters(), *st.buffers()))
+        if self._session is not None:
+            self.weights_bytes += self._session.weights_bytes
         self._host: Solo | None = None
         self._host_lock = threading.Lock()
         self._self_check(spec, policy)
@@ -101,9 +122,37 @@ class LoadedModel:
         """How micro-batches run, and why not packed."""
         if self.packed:
             return "packed"
+        if self._attached is not None and self._session is not None:
+            how = f"one input at a time: {self.check.reason}" if self.check.alone else "padded"
+            return f"{self._attached.told}, {how}"
         if self.check.own:
             return f"the model's own encode or predict, one input at a time ({self.check.reason})"
         return f"{'one input at a time' if self.check.alone else 'padded'} ({self.check.reason})"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What every report should say of this model."""
+        return (self._attached.note,) if self._attached is not None and self._attached.note else ()
+
+    @property
+    def agreement(self) -> float | None:
+        """How well an export agrees with float32; see :class:`memsafe.runtimes.Quantization`. None where nobody has measured it."""
+        return None if self._attached is None else self._attached.agreement
+
+    @property
+    def one_core_each(self) -> bool:
+        """Whether each micro-batch computes on one core, however many there are."""
+        return self._session is not None
+
+    @property
+    def most_padding(self) -> float | None:
+        """Of the tokens computed at most this share is to be padding; None: as it comes."""
+        return None if self._session is None else MOST_PADDING
+
+    @property
+    def survives_fork(self) -> bool:
+        """Whether a forked child may use it."""
+        return self._session is None or self._session.survives_fork
 
     @property
     def pad_multiple(self) -> int:
@@ -112,7 +161,8 @@ class LoadedModel:
     @cached_property
     def content(self) -> str:
         """The same for the same model, whatever it is called and wherever its files lie: see :mod:`memsafe.models.identity`."""
-        otherwise = self._revision or self.name
+        place = self.hf if isinstance(self.hf, RuntimeModel) else None
+        otherwise = (self._revision or self.name) if place is None else place.runtime
         return content_digest(self.st, self.encoder.way(None, {}).encode, otherwise)
 
     @property
@@ -124,6 +174,8 @@ class LoadedModel:
 
     @property
     def dtype_name(self) -> str:
+        if self._session is not None:
+            return self._session.dtype
         return str(self.dtype).removeprefix("torch.")
 
     @property
@@ -142,6 +194,8 @@ class LoadedModel:
 
     @property
     def attention(self) -> str:
+        if isinstance(self.hf, RuntimeModel):
+            return self.hf.runtime
         return str(getattr(self.config, "_attn_implementation", None) or "none")
 
     def cost_key(self) -> CostKey:
@@ -158,6 +212,9 @@ class LoadedModel:
 
     def cost_prior(self) -> CostPrior:
         """What a forward takes, before anything is measured."""
+        if self._session is not None and self._attached is not None:
+            fused = self._session.fuses_attention and getattr(self.config, "_attn_implementation", None) == "sdpa"
+            return runtime_prior(self.architecture, fused=fused, small_mask=self._attached.small_mask)
         if self._tokenwise:
             return tokenwise_prior(self.architecture, self.dtype)
         prior = prior_of(
@@ -180,6 +237,8 @@ class LoadedModel:
     def cost_shape(self, batch: MicroBatch) -> BatchShape:
         """The shape of `batch` as its memory shows it: where nothing is padded, transformers makes no mask over pairs."""
         shape = batch.shape
+        if self._session is not None:
+            return shape
         masked = batch.num_tokens < shape.tokens or self.architecture.window
         if batch.packed or masked or self.check.small_mask_ok or self.attention != "sdpa":
             return shape
@@ -246,6 +305,8 @@ class LoadedModel:
 
     def can(self, rung: str) -> bool:
         """Whether a rung of the ladder exists for this model on this device."""
+        if self._session is not None:
+            return False
         if rung == "chunk":
             run = self.routes.run
             return self.hf is not None and isinstance(run, torch.nn.Module) and fallbacks.can_slice(run)
@@ -294,6 +355,31 @@ class LoadedModel:
         if need > free:
             raise MemoryError(f"{need:.0f} bytes of main memory for a forward in float32, {free} are free")
 
+    def measure(self, live: bool) -> AbstractContextManager[Peak]:
+        """As :meth:`Device.measure`. Of another runtime all is measured at the process: what `live` asks for is by how much it
+        grew from when the runtime held nothing."""
+        if self._session is None:
+            return self.device.measure(live)
+        return self._measure_session(live)
+
+    @contextmanager
+    def _measure_session(self, live: bool) -> Iterator[Peak]:
+        if live:
+            self.release()
+            self.device.release()
+        with self.device.measure() as peak:
+            yield peak
+        if live:
+            peak.live_bytes = peak.resident_bytes
+
+    def release(self) -> int:
+        """Give back what forwards keep for later ones, of which the device knows nothing; returns how many bytes left the process."""
+        if self._session is None:
+            return 0
+        before = self.device.process_bytes()
+        self._session.release()
+        return max(before - self.device.process_bytes(), 0)
+
     def after_fork(self) -> None:
         """In a forked child: locks that other threads of the parent may have held are made anew."""
         self._host_lock = threading.Lock()
@@ -308,6 +394,8 @@ class LoadedModel:
         """Let go of what is beside the weights. The caller drops its references to free those."""
         self._host = None
         self.routes.uninstall()
+        if self._session is not None:
+            self._session.close()
 
     # the self-check
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from memsafe.planning.batch import MicroBatch
@@ -10,7 +11,7 @@ from memsafe.planning.cost import CostKey, CostPrior
 from memsafe.planning.tenant import Modelled
 
 if TYPE_CHECKING:
-    from memsafe.machine.device import Device
+    from memsafe.machine.device import Device, Peak
 
 __all__ = ["Runnable"]
 
@@ -28,6 +29,10 @@ class Runnable(Modelled, Protocol):
 
     @property
     def path(self) -> str: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    @property
+    def survives_fork(self) -> bool: ...
     def cost_key(self) -> CostKey: ...
     def cost_prior(self) -> CostPrior: ...
 
@@ -37,6 +42,14 @@ class Runnable(Modelled, Protocol):
 
     def redo_in_float32(self, batch: MicroBatch, extras: Mapping[str, Any]) -> Any:
         """The same rows computed on the CPU in float32."""
+        ...
+
+    def measure(self, live: bool) -> AbstractContextManager[Peak]:
+        """Measure a forward's peak: see :meth:`memsafe.machine.device.Device.measure`."""
+        ...
+
+    def release(self) -> int:
+        """Give back what forwards keep for later ones, where the device knows nothing of it; returns how many bytes."""
         ...
 
     def after_fork(self) -> None: ...

@@ -19,6 +19,7 @@ from memsafe.models.m3 import ends_in_heads
 from memsafe.models.packed import PackedModel
 from memsafe.models.private import ForwardState, length_switch
 from memsafe.models.probes import Call, reference_model
+from memsafe.models.runtimes.session import RuntimeModel
 from memsafe.models.selfcheck import SelfCheck
 from memsafe.models.tokenizing import InputEncoder
 from memsafe.planning.batch import MicroBatch, TokenizedInput
@@ -72,6 +73,7 @@ class Routes:
         """What :meth:`pack` did last; only while a check runs."""
         self._installed = False
         self.can_mask = False
+        self.least_tolerance = self.hf.rounding if isinstance(self.hf, RuntimeModel) else 0.0
         self.refusal = self._refusal()
         self.can_fuse = not self.refusal and fuse.install(self.hf) > 0
         if self.can_fuse:
@@ -90,6 +92,8 @@ class Routes:
 
     def _refusal(self) -> str:
         """Why packing cannot be tried; "" if it can."""
+        if isinstance(self.hf, RuntimeModel):
+            return "an export takes padded rows"
         if self.encoder.mode == "opaque" or not isinstance(self.hf, nn.Module):
             return "the model does not run on token ids through transformers"
         installed = interface.install(self.hf)
@@ -168,16 +172,18 @@ class Routes:
         if not apart:
             with nullcontext() if around is None else around(self.run):
                 return self._together(batch, extras)
-        solo = self._solo_copy()
-        found = [
-            solo.rows(partial(self.one_on, item=batch.items[place], extras=extras, around=around)) for place in apart
-        ]
+        stateless = isinstance(self.hf, RuntimeModel)  # then lanes need not wait for each other
+        run = self._run_here if stateless else self._solo_copy().rows
+        found = [run(partial(self.one_on, item=batch.items[place], extras=extras, around=around)) for place in apart]
         rest = sorted(set(range(len(batch))) - set(apart))
         if rest:
             others = MicroBatch(tuple(batch.items[place] for place in rest), batch.packed, batch.multiple)
             found.append(self._forward(others, extras, around))
         rows, order = segments.join(found), np.argsort([*apart, *rest])
         return rows if apart == list(range(len(apart))) else segments.pick(rows, order)
+
+    def _run_here(self, forward: Callable[[Any], Any]) -> Any:
+        return forward(self.run)
 
     def _solo_copy(self) -> Solo:
         with self._solo_lock:

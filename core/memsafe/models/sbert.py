@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from memsafe.models.segments import Segmented
 
 __all__ = [
     "CLASSES",
+    "Hollow",
     "build",
     "call_options",
     "check_handed_in",
@@ -33,11 +36,13 @@ __all__ = [
     "own_rows",
     "pooling_modes",
     "preprocess",
+    "replace_hf_model",
     "resolve_prompt",
     "rust_tokenizer",
     "set_max_length",
     "tasks",
     "with_task",
+    "without_weights",
 ]
 
 
@@ -115,6 +120,40 @@ def hf_model(model: Any) -> Any | None:
         if inner is not None and hasattr(inner, "config"):
             return inner
     return None
+
+
+class Hollow(torch.nn.Module):
+    """Stands for a transformers model whose weights are not there: what sentence-transformers asks of one as it loads."""
+
+    def __init__(self, kind: type, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.forward = partial(kind.forward, self)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Transformers models that are loaded meanwhile, in any thread, are :class:`Hollow`: an export of theirs is all there is."""
+    base = importlib.import_module("transformers").PreTrainedModel
+    own = base.__dict__["from_pretrained"]
+
+    def hollow(kind: type[Any], /, *args: Any, config: Any = None, **kwargs: Any) -> Hollow:
+        return Hollow(kind, config)
+
+    base.from_pretrained = classmethod(hollow)
+    try:
+        yield
+    finally:
+        base.from_pretrained = own
+
+
+def replace_hf_model(model: Any, place: torch.nn.Module) -> None:
+    """Put `place` where :func:`hf_model` finds the transformers model; it must take and give what that does."""
+    if is_reranker(model) and not _has_modules(model):
+        model.model = place
+        return
+    first = _first(model)
+    setattr(first, "model" if "model" in first._modules else "auto_model", place)
 
 
 def hf_tokenizer(model: Any, options: Mapping[str, Any] | None = None) -> Any | None:

@@ -68,6 +68,8 @@ class Subject(Protocol):
     can_mask: bool
     """Whether the small mask can be tried."""
     can_fuse: bool
+    least_tolerance: float
+    """Differences that rounding explains, beyond what the dtype does: of a model whose activations become int8."""
     can_flat: bool
     """Whether the head "flat" can be tried."""
 
@@ -150,7 +152,8 @@ class _Checker:
         device = subject.device_of_rows
         config = getattr(subject.encoder_module, "config", None)
         layers = getattr(config, "num_hidden_layers", None)
-        self.allowed = tolerance(subject.dtype, device, layers if isinstance(layers, int) else 1)
+        told = tolerance(subject.dtype, device, layers if isinstance(layers, int) else 1)
+        self.allowed = max(told, subject.least_tolerance)
         pairs = subject.kind == "reranker"
         longest = probes.longest_wanted(subject.encoder_module, subject.max_length, device)
         values = probes.probe_inputs(subject.tokenizer, pairs=pairs, longest=longest)

@@ -57,6 +57,11 @@ class Checkpoint:
         return total
 
     @property
+    def hollow(self) -> bool:
+        """Whether there are no weights of torch's: an export may be all that was saved."""
+        return not self.elements and not self.other_bytes
+
+    @property
     def revision(self) -> str:
         """Changes when weights, configuration, tokenizer or code do: names, sizes and times of the files of the folder and
         of what its adapters stand on. Empty if nobody can tell: there are very many files, or none any more."""

@@ -16,9 +16,13 @@ class BatchPlanner:
     packed: sequences lie end to end, without padding; otherwise they are padded to the longest.
     multiple: padded lengths are rounded up to a multiple of this.
     max_rows: the most inputs in one micro-batch; None for no limit.
+    most_padding: where sequences are padded, the largest share of a micro-batch's computed tokens that may be padding; None for
+    any.
     """
 
-    def __init__(self, packed: bool, multiple: int = 1, max_rows: int | None = None) -> None:
+    def __init__(
+        self, packed: bool, multiple: int = 1, max_rows: int | None = None, most_padding: float | None = None
+    ) -> None:
         if multiple < 1:
             raise ValueError(f"multiple: got {multiple}; give at least 1")
         if max_rows is not None and max_rows < 1:
@@ -26,6 +30,7 @@ class BatchPlanner:
         self.packed = packed
         self.multiple = 1 if packed else multiple
         self.max_rows = max_rows
+        self.most_padding = None if packed else most_padding
 
     def order(self, items: Iterable[TokenizedInput]) -> list[TokenizedInput]:
         """Longest first; equal lengths keep their order.
@@ -99,7 +104,22 @@ class BatchPlanner:
         def fits(rows: int) -> bool:
             return cost.resident_bound(BatchShape(width * rows, rows, width * width * rows, width)) <= budget_bytes
 
-        return _most(fits, min(stop - start, max(max_tokens // width, 1)))
+        rows = min(stop - start, max(max_tokens // width, 1))
+        if self.most_padding is not None:
+            rows = self._tight(backlog, start, rows, width)
+        return _most(fits, rows)
+
+    def _tight(self, backlog: Sequence[TokenizedInput], start: int, rows: int, width: int) -> int:
+        """The most of `rows` inputs, padded to `width`, of which no more than :attr:`most_padding` is padding."""
+        least = (1 - (self.most_padding or 0.0)) * width
+        tokens, found = 0, 1
+        for count in range(1, rows + 1):
+            tokens += backlog[start + count - 1].num_tokens
+            if tokens >= least * count:
+                found = count
+            elif backlog[start + count - 1].num_tokens < least / 2:
+                break  # shorter ones follow, which cannot mend it
+        return found
 
 
 def _length(item: TokenizedInput) -> int:

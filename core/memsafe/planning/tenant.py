@@ -29,6 +29,10 @@ class Modelled(Protocol):
     @property
     def workspace_bytes(self) -> int: ...
     @property
+    def one_core_each(self) -> bool: ...
+    @property
+    def most_padding(self) -> float | None: ...
+    @property
     def dtype_name(self) -> str: ...
     def cost_shape(self, batch: MicroBatch) -> BatchShape: ...
     def flops(self, shape: BatchShape) -> float: ...
@@ -66,7 +70,7 @@ class Tenant:
             max_tokens=policy.max_tokens,
             token_flops=model.flops(one),
             curve=cost.speed,
-            lanes=cost.lanes,
+            lanes=traits.cores if model.one_core_each else cost.lanes,
         )
         self.recovery = RecoveryPolicy(policy)
         self.broken: BaseException | None = None
@@ -99,5 +103,7 @@ class Tenant:
         packed = self.model.packed and not raw
         if (max_rows, packed) not in self._planners:
             caps = [cap for cap in (max_rows, self._most_rows) if cap is not None]
-            self._planners[max_rows, packed] = BatchPlanner(packed, self.model.pad_multiple, min(caps, default=None))
+            self._planners[max_rows, packed] = BatchPlanner(
+                packed, self.model.pad_multiple, min(caps, default=None), self.model.most_padding
+            )
         return self._planners[max_rows, packed]
