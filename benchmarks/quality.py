@@ -20,7 +20,7 @@ from benchmarks.labelled import Labelled
 from examples import models
 from memsafe import Embedder, InputError, Reranker
 
-__all__ = ["chunk_spans", "compared", "quality", "rank", "rank_chunks"]
+__all__ = ["chunk_spans", "compared", "fewer", "quality", "rank", "rank_chunks"]
 
 Row = dict[str, Any]
 Ranked = dict[str, list[str]]
@@ -41,29 +41,35 @@ PAIR_TOKENS = 512
 """Where SentenceTransformerRerank cuts a pair unless told otherwise; everybody does here."""
 
 
-def quality(*, documents: int | None = None, queries: int = 30) -> Row:
-    """Both sets, as far as they are at hand. documents: of Cranfield, None for all; queries: how many are reranked."""
-    sets, missing = [], []
+def quality(*, documents: int | None = None, queries: int = 30, chunked: int = 300) -> Row:
+    """The sets that are at hand. documents: of each, None for all; queries: how many are reranked; chunked: documents of Cranfield that
+    are embedded in chunks, late ones and others."""
+    judged, long = labelled.cranfield(), labelled.perlfaq()
+    found = {"Cranfield": judged, "perlfaq": long}
+    sets = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*longer than")  # that texts are cut is the subject here
-        for name, load, measure in (
-            ("Cranfield", labelled.cranfield, _judged),
-            ("perlfaq", labelled.perlfaq, _long),
-        ):
-            found = load()
-            if found is None:
-                missing.append(f"{name} is not at hand (docs/benchmarks.md says where it is looked for)")
-                continue
-            found = _fewer(found, documents)
-            sets.append({
-                "name": name, "documents": len(found.documents), "queries": len(found.judged),
-                "reranked_queries": len(found.first(queries).judged), "rows": compared(measure(found, found.first(queries))),
-            })  # fmt: skip
-    return {"sets": sets, "not_run": missing}
+        if judged is not None:
+            sets.append(_set(fewer(judged, documents), queries, _judged))
+            sets.append(_set(fewer(judged, min(documents or chunked, chunked)), 0, _late))
+        if long is not None:
+            sets.append(_set(fewer(long, documents), queries, _long))
+    where = "is not at hand (docs/benchmarks.md says where it is looked for)"
+    return {"sets": sets, "not_run": [f"{name} {where}" for name, each in found.items() if each is None]}
+
+
+def _set(found: Labelled, queries: int, measure: Callable[[Labelled, Labelled], list[Row]]) -> Row:
+    """A set's part of the result."""
+    some = found.first(queries) if queries else Labelled(found.name, {}, {}, {})
+    rows = compared(measure(found, some))
+    return {
+        "name": found.name, "documents": len(found.documents), "queries": len(found.judged),
+        "reranked_queries": len(some.judged), "rows": rows,
+    }  # fmt: skip
 
 
 def _judged(found: Labelled, some: Labelled) -> list[Row]:
-    """Equality with the peers, then half precision, fewer dimensions and late chunking."""
+    """Equality with the peers, then half precision and fewer dimensions."""
     rows: list[Row] = []
     for label, embedder, rerank_label, reranker in STACKS:
         rows.append(_embedding(found, label, "float32", _peer(embedder, {})))
@@ -74,6 +80,13 @@ def _judged(found: Labelled, some: Labelled) -> list[Row]:
     for width in WIDTHS:  # the leading numbers of the same rows: what truncate_dim gives
         few: Encode = (lambda _, rows=given[:, :width]: rows, lambda _, rows=asked[:, :width]: rows)
         rows.append(_embedding(found, "memsafe", f"truncate_dim={width}", few))
+    return rows
+
+
+def _late(found: Labelled, some: Labelled) -> list[Row]:
+    """Whole documents, their chunks each alone, and late chunks."""
+    with Embedder(models.minilm(), device="cpu", max_length=512) as embedder:
+        rows = [_embedding(found, "memsafe", "max_length=512", _pair_of(embedder))]
     return rows + _chunked(found, 512, late=True)
 
 
@@ -91,7 +104,7 @@ def _long(found: Labelled, some: Labelled) -> list[Row]:
     return rows
 
 
-def _fewer(found: Labelled, documents: int | None) -> Labelled:
+def fewer(found: Labelled, documents: int | None) -> Labelled:
     """The first `documents`, and the queries that have an answer among them."""
     if documents is None:
         return found
@@ -100,7 +113,7 @@ def _fewer(found: Labelled, documents: int | None) -> Labelled:
         query: {name: score for name, score in scores.items() if name in kept} for query, scores in found.judged.items()
     }
     judged = {query: scores for query, scores in judged.items() if any(scores.values())}
-    return Labelled(found.name, kept, {query: found.queries[query] for query in judged}, judged)
+    return Labelled(f"{found.name}, the first of it", kept, {query: found.queries[query] for query in judged}, judged)
 
 
 # Embedding: how documents and queries become rows is all that differs

@@ -329,23 +329,22 @@ def dtype(section: Section) -> list[str]:
 
 
 def quality(section: Section) -> list[str]:
-    """A table for each set; changes are to the first row of the same stage."""
+    """A table for each set; changes are to the first row of the same stage. Seconds are in the JSON: nothing is repeated for them here."""
     lines = ["## Ranking quality", ""]
     for found in section["sets"]:
         lines += [
-            f"### {found['name']}: {found['documents']:,} documents, {found['queries']:,} questions, "
-            f"{found['reranked_queries']:,} of them reranked",
+            f"### {found['name']}: {found['documents']:,} documents, {found['queries']:,} questions"
+            + (f", {found['reranked_queries']:,} of them reranked" if found["reranked_queries"] else ""),
             "",
             *table(
-                ["", "what", "nDCG@10", "change", "of the first ten", "seconds"],
+                ["", "what", "nDCG@10", "change", "of the first ten"],
                 [
                     [
                         f"{row['stage']}: {row['who']}",
                         f"`{row['change']}`",
                         f"{row['ndcg_10']:.4f}",
                         f"{row['change_of_ndcg']:+.4f}",
-                        f"{row['kept']:.1%}",
-                        f"{row['seconds']:.0f}",
+                        "-" if row["kept"] is None else f"{row['kept']:.1%}",
                     ]
                     for row in found["rows"]
                 ],

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import labelled, quality, tables
 from benchmarks.labelled import Labelled
 
+ROOT = Path(__file__).resolve().parents[2]
 POD = """=head1 NAME
 
 perlfaq1 - questions
@@ -80,6 +81,14 @@ def test_chunks_cover_a_text_and_end_with_sentences() -> None:
     assert quality.chunk_spans("one", 30) == [(0, 3)]
 
 
+def test_fewer_documents_have_only_their_questions() -> None:
+    """A question whose answers are all gone would count as one that nobody can answer."""
+    found = Labelled("x", {"a": "", "b": "", "c": ""}, {"p": "", "q": ""}, {"p": {"a": 1, "c": 2}, "q": {"c": 1}})
+    some = quality.fewer(found, 2)
+    assert (list(some.documents), some.judged, list(some.queries)) == (["a", "b"], {"p": {"a": 1}}, ["p"])
+    assert quality.fewer(found, None) is found
+
+
 def test_the_best_chunk_ranks_its_document() -> None:
     """Three documents of two, one and two chunks; equal scores stay in the documents' order."""
     found = Labelled("x", {"a": "", "b": "", "c": ""}, {"q": ""}, {"q": {"c": 1}})
@@ -133,8 +142,22 @@ def test_the_table_shows_figures_and_what_is_missing() -> None:
     }
     found = {"name": "X", "documents": 1400, "queries": 225, "reranked_queries": 30, "rows": [row | {"seconds": 12.3}]}
     lines = tables.quality({"sets": [found], "not_run": ["Y is not at hand"]})
-    assert "| embedding: memsafe | `bfloat16` | 0.3679 | -0.0012 | 98.5% | 12 |" in lines
+    assert "| embedding: memsafe | `bfloat16` | 0.3679 | -0.0012 | 98.5% |" in lines
     assert (
         "### X: 1,400 documents, 225 questions, 30 of them reranked" in lines
         and lines[-1] == "- Not run: Y is not at hand"
     )
+
+
+def test_documents_show_the_measured_tables() -> None:
+    """Every line of the published tables is that of the result, and where float32 is compared with the peers nDCG is equal to three
+    decimals."""
+    (path,) = sorted((ROOT / "benchmarks" / "results").glob("quality-*.json"))
+    section = json.loads(path.read_text(encoding="utf-8"))["sections"]["quality"]
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for line in tables.quality(section):
+        assert line in page, line
+    (judged,) = (found for found in section["sets"] if found["name"] == "Cranfield")
+    for stage in ("embedding", "embedding + reranking"):
+        exact = [row["ndcg_10"] for row in judged["rows"] if row["stage"] == stage and row["change"] == "float32"]
+        assert len(exact) == 3 and max(exact) - min(exact) < 5e-4
