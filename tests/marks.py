@@ -37,6 +37,7 @@ ALONE = {
 """Nothing runs beside them."""
 
 SLOW = {
+    "core/test_flag_rerankers.py",
     "chroma/test_embedding.py::test_rows_are_those_of_the_replaced_class",
     "haystack/test_components.py::test_embedders",
     "compat/test_facade.py::test_constructor",

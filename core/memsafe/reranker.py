@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,9 @@ class Reranker(Model):
             tokens, each with the whole query, and has the best (``"max_passage"``) or the mean score (``"mean_passage"``) of
             them. `truncation` then has nothing to do. window_overlap: tokens that two windows share; None for an eighth.
             max_windows: of one document; what is beyond is cut, counted and warned of.
+        decoder: ``"flag"`` reads pairs as FlagEmbedding's rerankers of decoders do (bge-reranker-v2-gemma, -minicpm-layerwise), whose
+            scores, logits of "Yes", it gives; the prompt of a call is the question put behind the pair. None: as sentence-transformers
+            does. cutoff_layer: the layer whose score is taken, of those that have a head at several; None for the last.
         options: whatever else the installed CrossEncoder takes.
     """
 
@@ -76,6 +80,8 @@ class Reranker(Model):
         long_documents: str = "truncate",
         window_overlap: int | None = None,
         max_windows: int = MAX_WINDOWS,
+        decoder: str | None = None,
+        cutoff_layer: int | None = None,
         memory: MemoryPolicy | dict[str, Any] | None = None,
         hooks: Sequence[EventHook] = (),
         show_progress: bool = False,
@@ -96,6 +102,8 @@ class Reranker(Model):
             "long_documents": long_documents,
             "window_overlap": window_overlap,
             "max_windows": max_windows,
+            "decoder": decoder,
+            "cutoff_layer": cutoff_layer,
             "memory": memory,
             "hooks": hooks,
             "show_progress": show_progress,
@@ -103,6 +111,7 @@ class Reranker(Model):
         if truncation not in ("longest_first", "only_second"):
             raise ConfigError(f"truncation: got {truncation!r}; choose 'longest_first' or 'only_second'")
         self._long = check(long_documents, RERANKING, window_overlap, max_windows)
+        options |= decoder_options(model, decoder, cutoff_layer)
         if num_labels is not None:
             options["num_labels"] = num_labels
         if isinstance(model, str) and activation_fn is not None:
@@ -239,6 +248,25 @@ class _Call:
                 scores = torch.nn.functional.softmax(scores, dim=1)
             finished: Array = scores.float().numpy()
         return finished
+
+
+def decoder_options(model: Any, decoder: Any, cutoff_layer: Any) -> dict[str, Any]:
+    """`decoder` and `cutoff_layer` as options of what is loaded. Raises :class:`ConfigError`."""
+    if decoder not in (None, "flag"):
+        raise ConfigError(
+            f"decoder: got {decoder!r}; give 'flag' for FlagEmbedding's way with pairs, or None for the model's own"
+        )
+    if cutoff_layer is not None and (
+        isinstance(cutoff_layer, bool) or not isinstance(cutoff_layer, int) or cutoff_layer < 1
+    ):
+        raise ConfigError(f"cutoff_layer: got {cutoff_layer!r}; give an int of at least 1, or None for all layers")
+    if decoder is None and cutoff_layer is not None:
+        raise ConfigError("cutoff_layer: is for FlagEmbedding's layerwise rerankers; give decoder='flag' too")
+    if decoder is None:
+        return {}
+    if not isinstance(model, (str, os.PathLike)):
+        raise ConfigError(f"decoder: got {decoder!r} with a loaded model; give its folder or hub id")
+    return {"decoder": decoder, "cutoff_layer": cutoff_layer}
 
 
 def _pair(query: Any, documents: Any) -> list[tuple[str, str]]:

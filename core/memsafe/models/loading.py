@@ -18,7 +18,7 @@ from memsafe.config import MemoryPolicy
 from memsafe.errors import ConfigError, MemsafeError, ModelError, ModelNotFoundError
 from memsafe.machine.device import Device, open_device
 from memsafe.machine.refusals import is_out_of_memory
-from memsafe.models import m3, sbert, weights
+from memsafe.models import flag, m3, sbert, weights
 from memsafe.models.model import LoadedModel, ModelSpec, limit_length
 from memsafe.models.runtimes.attach import Wanted, attach
 from memsafe.runtimes import DTYPES as RUNTIME_DTYPES
@@ -158,6 +158,8 @@ def _unusable(spec: ModelSpec, error: Exception) -> Exception:
 
 
 def _built(build: Any, spec: ModelSpec, device: Device, options: dict[str, Any], heads: dict[str, str] | None) -> Any:
+    if options.get("decoder") is not None:
+        return flag.assemble(spec.model, options, spec.max_length, device.name)
     st = build(spec.model, device=device.name, **options).eval()
     return st if heads is None else m3.assemble(st, heads, spec.outputs or (spec.kind,), device.name)
 

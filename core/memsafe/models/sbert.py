@@ -37,6 +37,7 @@ __all__ = [
     "pooling_modes",
     "preprocess",
     "replace_hf_model",
+    "reported_cuts",
     "resolve_prompt",
     "rust_tokenizer",
     "set_max_length",
@@ -332,6 +333,12 @@ def has_own_methods(model: Any) -> bool:
     homes = [getattr(inspect.getattr_static(type(model), name, None), "__module__", "") for name in names]
     known = type(model).__name__ in ("CrossEncoder", "SentenceTransformer") and not ends_in_heads(model)
     return not known or any(name in vars(model) for name in names) or not all(str(h).startswith(_KNOWN) for h in homes)
+
+
+def reported_cuts(model: Any, options: Mapping[str, Any]) -> Callable[[], list[bool]] | None:
+    """Asks the module that preprocesses which of the inputs that it saw last lost tokens; None where none says so by its own."""
+    module = _input_module(model, options) if _has_modules(model) else model
+    return (lambda: list(module.cut)) if isinstance(getattr(module, "cut", None), list) else None
 
 
 def is_tokenwise(model: Any) -> bool:

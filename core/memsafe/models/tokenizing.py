@@ -165,7 +165,8 @@ class InputEncoder:
         if rows is None or not trial.readable:
             return Opaque(trial.limits, prompt or None, options, shorten)
         own = partial(sbert.preprocess, self._model, prompt=prompt or None, options=options)
-        return Features(trial.limits, rows, own, self._lock, shorten)
+        cuts = sbert.reported_cuts(self._model, options)
+        return Features(trial.limits, rows, own, self._lock, shorten, cuts)
 
     def _trial(self, options: Mapping[str, Any]) -> Trial:
         key = frozen(options)

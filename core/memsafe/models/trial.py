@@ -54,6 +54,7 @@ class Trial:
         self._long: list[tuple[Text, FeatureRows]] = []
         self.readable = True
         self._seen = False
+        self._told = sbert.reported_cuts(model, options) is not None
         self.limits = self._look(sbert.declared_lengths(model, options), lambda given: preprocess(given, None, options))
 
     def _look(self, declared: Sequence[int], preprocess: Callable[[Sequence[Text]], Mapping[str, Any]]) -> Limits:
@@ -61,7 +62,7 @@ class Trial:
             declared[0] if declared else None, left=getattr(self._tokenizer, "truncation_side", "right") == "left"
         )
         most = max(declared, default=512)
-        if most > _MOST_TOKENS:
+        if most > _MOST_TOKENS or self._told:
             return limits
         widths = [width for sample in long_samples(most, self._pairs) if (width := self._add(sample, preprocess))]
         if not widths:

@@ -276,24 +276,29 @@ class Features(Way):
         preprocess: Callable[[Sequence[Text]], Mapping[str, Any]],
         lock: threading.Lock,
         shorten: Callable[[Sequence[Text]], list[Any]],
+        cuts: Callable[[], list[bool]] | None = None,
     ) -> None:
+        """cuts: which inputs of the last preprocessing lost tokens; None where the length shows it."""
         super().__init__(limits, expected.constants, frozen(expected.constants))
         self._names = expected.names
         self._preprocess = preprocess
         self._lock = lock
         self._shorten = shorten
+        self._cuts = cuts
 
     def encode(self, inputs: Sequence[Text]) -> list[Encoded]:
         inputs = self._shorten(inputs)
         with self._lock:
             rows = FeatureRows.of(self._preprocess(inputs))
+            told = self._cuts() if self._cuts is not None else None
         if rows is None or rows.constants != self.extras or rows.names != self._names:
             raise ModelError("the model's preprocessing gives these inputs other features than it gave samples at load")
         limit = self.max_length
+        cut = [limit is not None and len(ids) >= limit for ids in rows.ids] if told is None else told
         types = rows.types if rows.types is not None and any(kinds.any() for kinds in rows.types) else None
         return [
-            Encoded(ids, kinds, len(ids), limit is not None and len(ids) >= limit)
-            for ids, kinds in zip(rows.ids, types or repeat(None), strict=False)
+            Encoded(ids, kinds, len(ids), lost)
+            for ids, kinds, lost in zip(rows.ids, types or repeat(None), cut, strict=False)
         ]
 
 
