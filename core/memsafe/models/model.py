@@ -145,6 +145,11 @@ class LoadedModel:
         return self._session is not None
 
     @property
+    def counts_process(self) -> bool:
+        """Whether what forwards take is measured at the process, since their tensors cannot be followed."""
+        return self._session is not None
+
+    @property
     def most_padding(self) -> float | None:
         """Of the tokens computed at most this share is to be padding; None: as it comes."""
         return None if self._session is None else MOST_PADDING

@@ -29,6 +29,8 @@ class Modelled(Protocol):
     @property
     def workspace_bytes(self) -> int: ...
     @property
+    def counts_process(self) -> bool: ...
+    @property
     def one_core_each(self) -> bool: ...
     @property
     def most_padding(self) -> float | None: ...
@@ -60,7 +62,9 @@ class Tenant:
         self.policy = policy
         self.queues = queues
         self.ledger = Ledger(cost, budget)
-        cost.least_share, cost.workspace_bytes = traits.heap_share, model.workspace_bytes
+        # What is measured at the process has the heap's part in it.
+        cost.least_share = 0.0 if model.counts_process else traits.heap_share
+        cost.workspace_bytes = model.workspace_bytes
         one = BatchShape(1, 1, 0, 1)
         pair = model.flops(replace(one, squares=1)) - model.flops(one)
         cost.speed.square_tokens = pair / max(model.flops(one), 1.0)
