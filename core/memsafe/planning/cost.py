@@ -54,6 +54,8 @@ _PROCESS_SCATTER = 0.15
 _REFUTED = 1.6
 """A newer measurement of about the same shape refutes an older one that was larger per token by more than this: other
 work in the process was counted in, and would inflate the margin for long. Alignment explains up to 1.5."""
+_LEAST_DEVIATION = 1e-9
+"""Bytes; half of the least number that is not 0 would be 0."""
 _SETTLED = 16
 _REFIT_EVERY = 8
 _LARGEST = 1 << 62
@@ -306,7 +308,7 @@ class CostModel:
                 0.25 * prior.per_square_bytes + 3e-6 * token,
             ]
         )
-        return mean, deviation
+        return mean, np.maximum(deviation, _LEAST_DEVIATION)
 
     def _fit_slack(self) -> tuple[float, float]:
         """The tightest (share, fixed) with ``resident <= predicted*(1 + share) + fixed`` for all observations."""
