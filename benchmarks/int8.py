@@ -165,9 +165,11 @@ def _ndcg_of(pairs: Sequence[tuple[str, str]], scores: Sequence[float], judged: 
 # all in one process
 
 
-def in_processor_seconds(task: Task, batches: Sequence[int], rounds: int = 3) -> dict[str, Any]:
+def in_processor_seconds(
+    task: Task, batches: Sequence[int], rounds: int = 3, engines: Sequence[str] = ("OpenVINO int8", "ONNX Runtime int8")
+) -> dict[str, Any]:
     """Tokens per processor second of `task`, each way in turn, in rounds; torch has one thread for encode and predict, since
-    threads that wait for each other would count."""
+    threads that wait for each other would count. engines: of memsafe's ways, beside float32."""
     import torch
 
     from memsafe import Embedder, Reranker
@@ -176,11 +178,11 @@ def in_processor_seconds(task: Task, batches: Sequence[int], rounds: int = 3) ->
     folder, tokens = str(models.model_path(task.model)), sum(task.lengths())
     ways: dict[str, Callable[[], Any]] = {}
     loaded: dict[str, Any] = {}
-    for name, options in (("float32", {}), *_OURS):
+    for name, options in (("float32", {}), *(each for each in _OURS if each[0] in engines)):
         made: Any = (Reranker if rerank else Embedder)(folder, device="cpu", max_length=task.max_length, **options)
         loaded[name] = made
         ways[f"memsafe, {name}"] = lambda made=made: made.run(task.inputs, warn=False)  # type: ignore[misc]
-    for name in ("float32", "OpenVINO int8", "ONNX Runtime int8"):
+    for name in loaded:
         model = loaded[name].model
         call = model.predict if rerank else model.encode
         for size in batches:
@@ -236,22 +238,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", default="speed,tail,rerank,quality")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--engines", default=",".join(name for name, _ in _OURS), help="beside float32")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 32])
     given = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", message=".*longer than")
     result = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
     result["machine"] = describe()
-    count = given.count
+    count, common = given.count, (given.batches, given.rounds, given.engines.split(","))
     parts: dict[str, Callable[[], Any]] = {
-        "speed": lambda: in_processor_seconds(
-            Task("real texts", "minilm", 256, texts.real(count, seed=17)), (1, 4, 8, 32), given.rounds
-        ),
+        "speed": lambda: in_processor_seconds(Task("real texts", "minilm", 256, texts.real(count, seed=17)), *common),
         "tail": lambda: in_processor_seconds(
-            Task("heavy tail", "xlmr-2x256", 8192, texts.heavy_tail(count // 3, seed=17)), (1, 4, 32), given.rounds
+            Task("heavy tail", "xlmr-2x256", 8192, texts.heavy_tail(count // 3, seed=17)), *common
         ),
         "rerank": lambda: in_processor_seconds(
-            Task("one query, real documents", "minilm-cross-encoder", 512, texts.pairs(count // 2, seed=17)),
-            (1, 4, 32),
-            given.rounds,
+            Task("one query, real documents", "minilm-cross-encoder", 512, texts.pairs(count // 2, seed=17)), *common
         ),
         "quality": quality,
     }
