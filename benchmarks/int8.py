@@ -1,8 +1,20 @@
-"""int8 on a CPU: OpenVINO and ONNX Runtime behind memsafe, and behind sentence-transformers; with what is lost in ranking."""
+"""int8 on a CPU: OpenVINO and ONNX Runtime behind memsafe, and behind sentence-transformers; with what is lost in ranking.
+
+    python -m benchmarks --sections int8                                    # as a section, each contender a process
+    python -m benchmarks.int8 --out FILE [--parts speed,tail,rerank,quality]   # all in one process, by processor seconds: for a busy machine
+
+In the second form sentence-transformers' ``encode`` and ``predict`` run over the very export that memsafe made, at several batch sizes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +23,10 @@ import numpy as np
 from benchmarks import models, texts
 from benchmarks.contenders import Contender
 from benchmarks.long_documents import CANDIDATES, ndcg, read
+from benchmarks.machine import describe
 from benchmarks.speed import Arena, Task, compare, peaks
 
-__all__ = ["EMBED", "RERANK", "int8"]
+__all__ = ["EMBED", "RERANK", "in_processor_seconds", "int8", "main", "quality"]
 
 _OURS = (
     ("OpenVINO int8", {"engine": "openvino", "dtype": "int8"}),
@@ -86,8 +99,6 @@ def int8(
 def quality(queries: int = 225, rerank_queries: int = 40) -> list[dict[str, Any]]:
     """nDCG@10 on Cranfield by all-MiniLM-L6-v2, and of the demo reranker over the first 20 of that: a small one trained for this
     project, whose figures compare dtypes and say nothing of rerankers. [] where the set is not at hand."""
-    import warnings
-
     from examples.models import demo_reranker
     from memsafe import Embedder, Reranker
 
@@ -149,3 +160,106 @@ def _ndcg_of(pairs: Sequence[tuple[str, str]], scores: Sequence[float], judged: 
     for (query, name), score in zip(pairs, scores, strict=True):
         by_query.setdefault(query, []).append((-score, name))
     return sum(ndcg([name for _, name in sorted(by_query[query])], judged[query]) for query in queries) / len(queries)
+
+
+# all in one process
+
+
+def in_processor_seconds(
+    task: Task, batches: Sequence[int], rounds: int = 3, engines: Sequence[str] = ("OpenVINO int8", "ONNX Runtime int8")
+) -> dict[str, Any]:
+    """Tokens per processor second of `task`, each way in turn, in rounds; torch has one thread for encode and predict, since
+    threads that wait for each other would count. engines: of memsafe's ways, beside float32."""
+    import torch
+
+    from memsafe import Embedder, Reranker
+
+    rerank = not isinstance(task.inputs[0], str)
+    folder, tokens = str(models.model_path(task.model)), sum(task.lengths())
+    ways: dict[str, Callable[[], Any]] = {}
+    loaded: dict[str, Any] = {}
+    for name, options in (("float32", {}), *(each for each in _OURS if each[0] in engines)):
+        made: Any = (Reranker if rerank else Embedder)(folder, device="cpu", max_length=task.max_length, **options)
+        loaded[name] = made
+        ways[f"memsafe, {name}"] = lambda made=made: made.run(task.inputs, warn=False)  # type: ignore[misc]
+    for name in loaded:
+        model = loaded[name].model
+        call = model.predict if rerank else model.encode
+        for size in batches:
+            ways[f"{'predict' if rerank else 'encode'}, {name}, batch {size}"] = (
+                lambda call=call, size=size: call(task.inputs, batch_size=size, show_progress_bar=False)  # type: ignore[misc]
+            )
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    reports: dict[str, Any] = {}
+    torch.set_num_threads(1)
+    for turn in range(-1, rounds):  # the first one warms up, and ours looks for its sizes in it
+        for name, run in ways.items():
+            began = time.process_time()
+            result = run()
+            if turn >= 0:
+                seconds[name].append(time.process_time() - began)
+            if hasattr(result, "report"):
+                kept = (
+                    "path",
+                    "dtype",
+                    "micro_batches",
+                    "padding_ratio",
+                    "measured_peak_bytes",
+                    "predicted_peak_bytes",
+                    "lanes",
+                )
+                reports[name] = {key: value for key, value in result.report.to_dict().items() if key in kept}
+        print(f"{task.name}: round {turn + 1}", file=sys.stderr, flush=True)
+    base = statistics.median(seconds["memsafe, float32"])
+    rows = [
+        {
+            "way": name,
+            "seconds": each,
+            "tokens_per_cpu_s": tokens / statistics.median(each),
+            "times_our_float32": base / statistics.median(each),
+        }
+        for name, each in seconds.items()
+    ]
+    for made in loaded.values():
+        made.close()
+    return {
+        "task": task.name,
+        "model": task.model,
+        "inputs": len(task.inputs),
+        "tokens": tokens,
+        "rows": rows,
+        "reports": reports,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parts", default="speed,tail,rerank,quality")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--engines", default=",".join(name for name, _ in _OURS), help="beside float32")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 32])
+    given = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", message=".*longer than")
+    result = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
+    result["machine"] = describe()
+    count, common = given.count, (given.batches, given.rounds, given.engines.split(","))
+    parts: dict[str, Callable[[], Any]] = {
+        "speed": lambda: in_processor_seconds(Task("real texts", "minilm", 256, texts.real(count, seed=17)), *common),
+        "tail": lambda: in_processor_seconds(
+            Task("heavy tail", "xlmr-2x256", 8192, texts.heavy_tail(count // 3, seed=17)), *common
+        ),
+        "rerank": lambda: in_processor_seconds(
+            Task("one query, real documents", "minilm-cross-encoder", 512, texts.pairs(count // 2, seed=17)), *common
+        ),
+        "quality": quality,
+    }
+    for name in given.parts.split(","):
+        result[name] = parts[name]()
+        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(result[name]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -118,6 +118,7 @@ class _Model:
 
     packed, pad_multiple, workspace_bytes, dtype_name = True, 1, 0, "float32"
     one_core_each: bool = False
+    counts_process: bool = False
     most_padding: float | None = None
 
     def __init__(self, curve: Curve) -> None:

@@ -239,6 +239,14 @@ SLOW = {
     "service/test_service.py::test_the_program",
     "vector_stores/test_vector_stores.py::test_langchain",
     "vector_stores/test_vector_stores.py::test_llama_index",
+    "runtimes/test_adapters.py",
+    "runtimes/test_runtimes.py::test_an_export_beside_the_model_is_used_as_it_is",
+    "runtimes/test_runtimes.py::test_an_export_is_made_once",
+    "runtimes/test_runtimes.py::test_an_export_without_torchs_weights_runs",
+    "runtimes/test_runtimes.py::test_float32_rows_are_those_of_torch",
+    "runtimes/test_runtimes.py::test_int8_rows_depend_on_no_neighbour",
+    "runtimes/test_runtimes.py::test_scores_are_those_of_predict",
+    "runtimes/test_runtimes.py::test_what_loses_too_much_is_refused",
 }
 """About a second of a core and more, or a grid of more than two in all; not in `make test-fast`."""
 
@@ -273,6 +281,10 @@ LONG = {
     "models/test_ladder.py::test_a_rung_takes_no_more_than_was_predicted": "-bert|-gte|-modernbert|-mpnet",
     "models/test_selfcheck.py::test_architectures_with_their_own_attention_fail": "embedder",
     "models/test_tokenizing.py::test_giant_pairs_are_those_of_the_uncut_texts": "fast-right",
+    "runtimes/test_runtimes.py::test_an_export_beside_the_model_is_used_as_it_is": r"\[onnx",
+    "runtimes/test_runtimes.py::test_an_export_is_made_once": "openvino",
+    "runtimes/test_runtimes.py::test_int8_rows_depend_on_no_neighbour": "dynamic",
+    "runtimes/test_runtimes.py::test_scores_are_those_of_predict": "onnx-None|openvino-int8",
     "vector_stores/test_vector_stores.py::test_langchain": "qdrant|faiss",
     "vector_stores/test_vector_stores.py::test_llama_index": "qdrant|faiss",
     # each example runs alone in its own process; the demo does what the other three do, one after the other

@@ -278,7 +278,7 @@ class SimulatedModel:
 
     name, content, commit = "simulated", "simulated", None
     notes: tuple[str, ...] = ()
-    one_core_each, survives_fork = False, True
+    one_core_each, counts_process, survives_fork = False, False, True
     most_padding: float | None = None
 
     def measure(self, live: bool) -> AbstractContextManager[Peak]:

@@ -40,6 +40,7 @@ PUBLIC = {
         "MultiVectorRun",
         "Neighbours",
         "PerProcess",
+        "Quantization",
         "RaggedArray",
         "RankedDocument",
         "Recording",

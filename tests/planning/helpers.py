@@ -30,6 +30,7 @@ class PlainModel:
 
     packed, pad_multiple, workspace_bytes, dtype_name = True, 1, 0, "float32"
     one_core_each: bool = False
+    counts_process: bool = False
     most_padding: float | None = None
 
     def cost_shape(self, batch: MicroBatch) -> BatchShape:

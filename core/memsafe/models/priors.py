@@ -100,7 +100,7 @@ def runtime_prior(shape: Architecture, *, fused: bool, small_mask: bool) -> Cost
     Both take some MiB at their first forward. small_mask: whether the mask has one row for all queries.
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
-    per_token = 4.0 * (4 * hidden + (6 if shape.gated else 4) * inner)
+    per_token = 4.0 * (4 * hidden + (5 if shape.gated else 3.5) * inner)
     per_square = 0.0 if small_mask and shape.window is None else 5.0
     if not fused:
         per_token, per_square = 2 * per_token, per_square + 6 * 4 * shape.num_heads

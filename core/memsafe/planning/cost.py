@@ -49,9 +49,13 @@ _APART = 1.6
 _MAX_OBSERVATIONS = 64
 _DOUBT = 0.05
 """When residuals stay above this, the prior is wrong for the model; its deviations are then widened a hundredfold."""
+_PROCESS_SCATTER = 0.15
+"""Of measurements of a whole process, with :attr:`CostModel.noise_bytes` added to what is measured and what is predicted."""
 _REFUTED = 1.6
 """A newer measurement of about the same shape refutes an older one that was larger per token by more than this: other
 work in the process was counted in, and would inflate the margin for long. Alignment explains up to 1.5."""
+_LEAST_DEVIATION = 1e-9
+"""Bytes; half of the least number that is not 0 would be 0."""
 _SETTLED = 16
 _REFIT_EVERY = 8
 _LARGEST = 1 << 62
@@ -102,6 +106,9 @@ class CostModel:
         see little of it while the heap still has room from before. Not kept."""
         self.workspace_bytes = 0
         """What a kernel may hold at its own peak beside all that grows with tokens. Not kept."""
+        self.noise_bytes = 0
+        """By about how much measurements are off whatever their size, where they are of a whole process: a deviation of so many
+        bytes is none worth a margin for large micro-batches. Not kept."""
         self._exact_bytes = EXACT_BYTES
         self._observations: list[_Observation] = []
         self._rungs: list[int] = []
@@ -218,7 +225,8 @@ class CostModel:
             return
         # The margin must follow a surprise at once, but never what was merely unknown before the first measurements.
         predicted = max(self._predict(shape), 1.0)
-        error = 0.0 if live_bytes is None else live_bytes / predicted - 1
+        noise = self.noise_bytes
+        error = 0.0 if live_bytes is None else (live_bytes + noise) / (predicted + noise) - 1
         if self.calibrated:
             self._worst = max(self._worst * _FORGET, error)
         resident_limit = predicted * (1 + self._slack[0]) + self._slack[1]
@@ -258,7 +266,8 @@ class CostModel:
         variance = v00 + t * (v01 + v11 * t) + n * (v02 + v12 * t + v22 * n) + q * (v03 + v13 * t + v23 * n + v33 * q)
         # Two standard deviations of what the observations leave open; large for shapes unlike any observed.
         doubt = min(2 * math.sqrt(max(variance, 0.0)), UNCALIBRATED_MARGIN * predicted)
-        return predicted * (1 + max(self._worst, LEAST_MARGIN)) + doubt + ROUNDING_BYTES + self.workspace_bytes
+        margin = (predicted + self.noise_bytes) * max(self._worst, LEAST_MARGIN)
+        return predicted + margin + doubt + ROUNDING_BYTES + self.workspace_bytes
 
     def _refresh(self) -> None:
         if not self._stale:
@@ -271,9 +280,12 @@ class CostModel:
         known = self.prior.per_position_bytes
         y = np.array([max(live - known * s.longest, 0.1 * live) for s, live in measured], dtype=np.float64)
         mean, deviation = self._prior_density(x, y)
-        coefficients, covariance, residuals = fit(x, y, mean, deviation)
-        if len(y) > 4 and float(np.sqrt(np.mean(residuals**2))) > _DOUBT:
+        y, mean[0] = y + self.noise_bytes, mean[0] + self.noise_bytes  # relative errors are of both together
+        least_noise = _PROCESS_SCATTER if self.noise_bytes else 0.0
+        coefficients, covariance, residuals = fit(x, y, mean, deviation, least_noise=least_noise)
+        if len(y) > 4 and float(np.sqrt(np.mean(residuals**2))) > _DOUBT and not least_noise:
             coefficients, covariance, residuals = fit(x, y, mean, 100 * deviation)
+        coefficients[0] = max(coefficients[0] - self.noise_bytes, 0.0)
         self._c = (float(coefficients[0]), float(coefficients[1]), float(coefficients[2]), float(coefficients[3]))
         # The ten distinct terms of the quadratic form x'Vx, those off the diagonal doubled.
         self._covariance = [float(covariance[i, j]) * (1 + (i != j)) for i in range(4) for j in range(i, 4)]
@@ -296,7 +308,7 @@ class CostModel:
                 0.25 * prior.per_square_bytes + 3e-6 * token,
             ]
         )
-        return mean, deviation
+        return mean, np.maximum(deviation, _LEAST_DEVIATION)
 
     def _fit_slack(self) -> tuple[float, float]:
         """The tightest (share, fixed) with ``resident <= predicted*(1 + share) + fixed`` for all observations."""

@@ -30,7 +30,7 @@ _SEARCHED = 6
 
 
 def fit(
-    x: FloatArray, y: FloatArray, mean: FloatArray, deviation: FloatArray
+    x: FloatArray, y: FloatArray, mean: FloatArray, deviation: FloatArray, *, least_noise: float = 0.0
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Most probable coefficients >= 0, shape (k,), their covariance, (k, k), and the relative residuals, (n,).
 
@@ -38,7 +38,8 @@ def fit(
     shape (k,), deviations > 0. A residual is ``measured / predicted - 1``: 1 % counts the same at every size. Tensors
     obey exact laws, often of fewer features than there are: where one smallest set of features meets the measurements
     exactly, with one to spare, it is taken as it is, and the prior has no influence. A minority may lie above such a law
-    and shows in the residuals only.
+    and shows in the residuals only. least_noise: the relative scatter that measurements are known to have; above 0 no law is
+    looked for that they meet exactly.
     """
     rows = x / y[:, None] * deviation  # columns scaled by the prior's deviations: well-conditioned, unit-free
     start = mean / deviation
@@ -46,7 +47,7 @@ def fit(
     def residuals_of(z: FloatArray) -> FloatArray:
         return 1 / np.maximum(rows @ z, 1e-9) - 1
 
-    exact, certain = _law(rows)
+    exact, certain = _law(rows) if not least_noise else (None, True)
     for few in range(1, min(_APART, (len(y) - 1) // 2) + 1):
         if not certain:
             exact, certain = _law_below(rows, few)
@@ -55,10 +56,11 @@ def fit(
     else:
         z = _solve(rows, start, _EXACT)
         residuals, active = residuals_of(z), int(np.count_nonzero(z))
-        noise = _EXACT
+        noise = max(_EXACT, least_noise)
         if len(y) <= active or float(np.max(np.abs(residuals))) > _EXACT:
             freedom = max(len(y) - active, 0)
-            noise = math.sqrt((_NOISE_WEIGHT * _NOISE**2 + float(residuals @ residuals)) / (_NOISE_WEIGHT + freedom))
+            scatter = math.sqrt((_NOISE_WEIGHT * _NOISE**2 + float(residuals @ residuals)) / (_NOISE_WEIGHT + freedom))
+            noise = max(scatter, least_noise)
             z = _solve(rows, start, noise)
     half = _inverse_root(np.vstack([rows / noise, np.eye(len(mean))])) * deviation
     return z * deviation, half.T @ half, residuals_of(z)

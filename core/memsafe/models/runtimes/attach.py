@@ -33,8 +33,10 @@ Array = NDArray[Any]
 _MAKERS: dict[str, ModuleType] = {"openvino": openvino, "onnx": onnx}
 _FILES = {"openvino": "openvino_model.xml", "onnx": "model.onnx"}
 _TAKES = 3.5
-"""Making an export takes so many times the bytes of the weights in float32: they, the export, and it once more as it is written or
-made int8. 2.6 to 3.2 were measured."""
+"""Making an export is taken to need so many times the bytes of the weights in float32: they, the export, it once more as it is
+written and read again to be made int8, and the half for what the tools hold beside."""
+_SAY_NOTHING = ("token", "use_auth_token", "cache_folder", "local_files_only")
+"""Options that change no row."""
 _MOST_SAMPLES, _LEAST_SAMPLES = 128, 16
 _OPERATIONS = 2e12
 """For measuring agreement, and again for finding scales, at most: some ten seconds on two cores."""
@@ -94,46 +96,62 @@ def attach(st: Any, wanted: Wanted, device: Device, room_bytes: int) -> Attached
             f"engine={wanted.engine!r}: the model does not run on token ids through transformers; leave engine out"
         )
     features = device.cpu_features()
-    processor = " ".join(sorted(each for each in features if each.startswith(("avx", "amx", "sve", "asimd"))))
-    file = (
-        None
-        if wanted.folder is None
-        else beside(wanted.folder, wanted.engine, wanted.dtype, wanted.file_name, features)
-    )
-    if file is None and isinstance(hf, sbert.Hollow):
-        raise ModelNotFoundError(
-            f"model: {wanted.name} has neither weights nor an export for engine={wanted.engine!r} in {wanted.dtype}; the copy is not "
-            "complete, or another dtype is there"
-        )
-    shelf = Shelf(_key(wanted, maker, file), _FILES[wanted.engine], keep=wanted.keep and bool(wanted.revision))
-    scheme = _AS_EXPORTED if file is not None else _scheme(wanted)
-    if file is None:
-        file = shelf.find() or _made(st, hf, wanted, maker, inputs, shelf, room_bytes, device)
-    agreed = shelf.agreement().get(processor)
-    unknown = agreed is None and not isinstance(hf, sbert.Hollow)  # else there is nothing to measure against
-    samples = inputs_for(wanted.kind, wanted.quantization.texts, _count(hf)) if unknown else []
-    reference = rows_of(st, samples) if unknown else None
-    session = _opened(maker, file, wanted, device)
+    there = None
+    if wanted.folder is not None:
+        there = beside(wanted.folder, wanted.engine, wanted.dtype, wanted.file_name, features)
+    scheme = _scheme(wanted) if there is None else _AS_EXPORTED
+    shelf = Shelf(_key(wanted, maker, there), _FILES[wanted.engine], keep=wanted.keep and bool(wanted.revision))
+    try:
+        file = there or shelf.find() or _made(st, hf, wanted, maker, inputs, shelf, room_bytes, device)
+        reference = _reference(st, hf, wanted, shelf, _processor(features))
+        session = _opened(maker, file, wanted, device)
+        runtime = " ".join((wanted.engine, wanted.dtype, scheme, _digest(file)))
+        sbert.replace_hf_model(st, RuntimeModel(session, hf.config, runtime, _ROUNDING.get(wanted.dtype, 0.0)))
+        agreed = _agreed(st, shelf, _processor(features), reference)
+    finally:
+        shelf.close()
     words = f"{session.told} {wanted.dtype}"
     if wanted.dtype == "int8":
         words += f" ({scheme}{'' if scheme == _AS_EXPORTED else ' scales'}, by {int8_instructions(features)[0]})"
-    runtime = " ".join((wanted.engine, wanted.dtype, scheme, _digest(file)))
-    place = RuntimeModel(session, hf.config, runtime, _ROUNDING.get(wanted.dtype, 0.0))
-    sbert.replace_hf_model(st, place)
-    if reference is not None:
-        agreed = agreement(rows_of(st, samples), reference)
-        shelf.agreed(processor, agreed)
+    note = _objection(words, wanted, agreed)
+    if not note:
+        return Attached(session, words, "", agreed, small_mask=scheme != _AS_EXPORTED)
+    sbert.replace_hf_model(st, hf)
+    session.close()
+    warnings.warn(f"model: {wanted.name}: {note}", stacklevel=6)
+    return Attached(None, "torch float32", note, agreed)
+
+
+def _reference(st: Any, hf: Any, wanted: Wanted, shelf: Shelf, processor: str) -> tuple[list[Any], Array] | None:
+    """Samples and their rows in float32, where agreement is not known yet; None too where there is nothing to measure against."""
+    if processor in shelf.agreement() or isinstance(hf, sbert.Hollow):
+        return None
+    samples = inputs_for(wanted.kind, wanted.quantization.texts, _count(hf))
+    return samples, rows_of(st, samples)
+
+
+def _agreed(st: Any, shelf: Shelf, processor: str, reference: tuple[list[Any], Array] | None) -> float | None:
+    """How well the export that is in place now agrees with float32, as it was measured, now or earlier; None if nobody has."""
+    if reference is None:
+        return shelf.agreement().get(processor)
+    samples, rows = reference
+    found = agreement(rows_of(st, samples), rows)
+    shelf.agreed(processor, found)
+    return found
+
+
+def _objection(words: str, wanted: Wanted, agreed: float | None) -> str:
+    """What speaks against an export; "" if nothing does."""
     least = wanted.quantization.least_agreement if wanted.dtype == "int8" else _EXACT
-    if agreed is not None and agreed < least:
-        sbert.replace_hf_model(st, hf)
-        session.close()
-        note = (
-            f"{words} agrees with float32 to {agreed:.4f} only, less than {'' if wanted.dtype != 'int8' else 'least_agreement='}"
-            f"{least:g}: torch computes in float32 instead"
-        )
-        warnings.warn(f"model: {wanted.name}: {note}", stacklevel=6)
-        return Attached(None, "torch float32", note, agreed)
-    return Attached(session, words, "", agreed, small_mask=scheme != _AS_EXPORTED)
+    if agreed is None or agreed >= least:
+        return ""
+    limit = f"least_agreement={least:g}" if wanted.dtype == "int8" else f"{least:g}"
+    return f"{words} agrees with float32 to {agreed:.4f} only, less than {limit}: torch computes in float32 instead"
+
+
+def _processor(features: frozenset[str]) -> str:
+    """What int8 products depend on: two processors of one name have the same numbers."""
+    return " ".join(sorted(each for each in features if each.startswith(("avx", "amx", "sve", "asimd"))))
 
 
 def _inputs_of(st: Any) -> list[str]:
@@ -153,7 +171,8 @@ def _key(wanted: Wanted, maker: ModuleType, file: Path | None) -> list[str]:
     quantization = wanted.quantization
     texts = hashlib.sha256("\0".join(quantization.texts).encode()).hexdigest()
     made = [_scheme(wanted), texts] if wanted.dtype == "int8" else []
-    options = json.dumps({name: str(value) for name, value in sorted(wanted.options.items())})
+    telling = {name: str(value) for name, value in sorted(wanted.options.items()) if name not in _SAY_NOTHING}
+    options = hashlib.sha256(json.dumps(telling).encode()).hexdigest()
     versions = {**maker.versions(wanted.dtype), **checkstore.versions("memsafe", "torch", "transformers")}
     beside_it = [] if file is None else [file.name, str(file.stat().st_size)]
     return [
@@ -171,6 +190,11 @@ def _made(
     room_bytes: int,
     device: Device,
 ) -> Path:
+    if isinstance(hf, sbert.Hollow):
+        raise ModelNotFoundError(
+            f"model: {wanted.name} has neither weights nor an export for engine={wanted.engine!r} in {wanted.dtype}; the copy is not "
+            "complete, or another dtype is there"
+        )
     need = int(_TAKES * 4 * sum(parameter.numel() for parameter in hf.parameters()))
     if need > room_bytes:
         raise ModelTooLargeError(

@@ -67,7 +67,9 @@ class Shelf:
 
     def __init__(self, key: Sequence[str], file_name: str, *, keep: bool = True) -> None:
         self._key, self._name = list(key), file_name
-        self._temporary = None if keep else tempfile.TemporaryDirectory(prefix="memsafe-export-")
+        self._temporary = (
+            None if keep else tempfile.TemporaryDirectory(prefix="memsafe-export-", ignore_cleanup_errors=True)
+        )
         base = cache_dir() if self._temporary is None else self._temporary.name
         self._notes: Store[dict[str, Any]] = Store(os.path.join(base, "exports"), "exported model", _SCHEMA, _believed)
         self.folder = self._notes.path(self._key).with_suffix("")
@@ -107,6 +109,7 @@ class Shelf:
         self._notes.write(self._key, document(_SCHEMA, self._key, state))
 
     def close(self) -> None:
+        """The export is open, or there is none: what is not to be kept goes."""
         if self._temporary is not None:
             self._temporary.cleanup()
 
