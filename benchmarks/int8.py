@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ import numpy as np
 
 from benchmarks import models, texts
 from benchmarks.contenders import Contender
-from benchmarks.long_documents import CANDIDATES, ndcg, read
+from benchmarks.labelled import cranfield
+from benchmarks.long_documents import CANDIDATES
 from benchmarks.machine import describe
 from benchmarks.speed import Arena, Task, compare, peaks
 
@@ -102,12 +104,12 @@ def quality(queries: int = 225, rerank_queries: int = 40) -> list[dict[str, Any]
     from examples.models import demo_reranker
     from memsafe import Embedder, Reranker
 
-    source = texts.cranfield_folder()
-    if not (source / "corpus.jsonl").exists():
+    found = cranfield()
+    if found is None:
         return []
     warnings.filterwarnings("ignore", message=".*longer than")
-    documents, asked, judged = read(source)
-    judged = dict(list(judged.items())[:queries])
+    found = replace(found, judged=dict(list(found.judged.items())[:queries]))
+    documents, asked, judged = found.documents, found.queries, found.judged
     ways: list[tuple[str, dict[str, Any]]] = [
         ("float32", {}),
         ("bfloat16", {"dtype": "bfloat16"}),
@@ -132,7 +134,7 @@ def quality(queries: int = 225, rerank_queries: int = 40) -> list[dict[str, Any]
         ranked = {query: names[order[place, :CANDIDATES]].tolist() for place, query in enumerate(judged)}
         first = first or ranked
         cosines = np.sum(vectors * plain, axis=1)  # both are of length 1
-        figure = sum(ndcg(ranked[query], judged[query]) for query in judged) / len(judged)
+        figure = found.ndcg(ranked)
         rows.append(
             {
                 "what": "embed",
@@ -144,22 +146,18 @@ def quality(queries: int = 225, rerank_queries: int = 40) -> list[dict[str, Any]
             }
         )
         rows[-1]["least_cosine"] = float(cosines.min())
-    few = list(judged)[:rerank_queries]
-    pairs = [(query, name) for query in few for name in first[query]]
+    few = replace(found, judged=dict(list(judged.items())[:rerank_queries]))
+    pairs = [(query, name) for query in few.judged for name in first[query]]
     for name, options in ways:
         with Reranker(demo_reranker(), device="cpu", max_length=128, **options) as reranker:
             scores = reranker.score_pairs([(asked[query], documents[name_]) for query, name_ in pairs])
             dtype, told = reranker.run([("a", "b")]).report.dtype, reranker.path
-        figure = _ndcg_of(pairs, scores.tolist(), judged, few)
+        by_query: dict[str, list[tuple[float, str]]] = {}
+        for (query, document), score in zip(pairs, scores.tolist(), strict=True):
+            by_query.setdefault(query, []).append((-score, document))
+        figure = few.ndcg({query: [document for _, document in sorted(each)] for query, each in by_query.items()})
         rows.append({"what": "rerank", "way": name, "dtype": dtype, "path": told, "ndcg_10": figure})
     return rows
-
-
-def _ndcg_of(pairs: Sequence[tuple[str, str]], scores: Sequence[float], judged: Any, queries: Sequence[str]) -> float:
-    by_query: dict[str, list[tuple[float, str]]] = {}
-    for (query, name), score in zip(pairs, scores, strict=True):
-        by_query.setdefault(query, []).append((-score, name))
-    return sum(ndcg([name for _, name in sorted(by_query[query])], judged[query]) for query in queries) / len(queries)
 
 
 # all in one process

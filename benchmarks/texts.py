@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["MIXES", "cranfield", "cranfield_folder", "docstrings", "giant", "heavy_tail", "pairs", "real", "short"]
+__all__ = ["MIXES", "cranfield", "docstrings", "giant", "heavy_tail", "pairs", "real", "short"]
 
 ROOT = Path(__file__).resolve().parent.parent
 _SKIP = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__"}
@@ -51,14 +51,10 @@ def docstrings() -> tuple[str, ...]:
     return tuple(found)
 
 
-def cranfield_folder() -> Path:
-    """Where the Cranfield collection in BEIR's layout would lie."""
-    return Path(os.environ.get("MEMSAFE_BENCH_CRANFIELD") or ROOT.parent / "shared" / "data" / "cranfield")
-
-
 def cranfield() -> list[str] | None:
     """The Cranfield abstracts (BEIR's corpus.jsonl), from $MEMSAFE_BENCH_CRANFIELD or beside the checkout; None if absent."""
-    corpus = cranfield_folder() / "corpus.jsonl"
+    folder = Path(os.environ.get("MEMSAFE_BENCH_CRANFIELD") or ROOT.parent / "shared" / "data" / "cranfield")
+    corpus = folder / "corpus.jsonl"
     if not corpus.exists():
         return None
     rows = [json.loads(line) for line in corpus.read_text(encoding="utf-8").splitlines() if line.strip()]

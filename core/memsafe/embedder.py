@@ -48,7 +48,7 @@ class Embedder(Model):
         quantization: how a model becomes int8 and what that may cost: a :class:`Quantization`, or a dict of its fields.
         max_length: tokens after which texts are cut; None as the model says.
         normalize: True scales rows to length 1; None and False leave them as the model makes them.
-        truncate_dim: keep only so many leading dimensions.
+        truncate_dim: keep only so many leading dimensions; None as many as the model says (all, mostly).
         long_documents: what becomes of a text that the model cannot read at once: ``"truncate"``, or ``"mean_windows"``: it is read in
             windows of tokens, and its row is the mean of theirs, weighted by their tokens, of length 1 where the model gives
             such rows. window_overlap: tokens that two windows share; None for an eighth. max_windows: of one text; what is
@@ -227,7 +227,18 @@ class Embedder(Model):
     @property
     def dimension(self) -> int:
         """Width of an embedding."""
+        return self._width(self._kept_dim())
+
+    def _kept_dim(self) -> int | None:
+        """How many leading dimensions a call keeps that says nothing of it: as given here, or else as the model has it saved."""
+        return self._truncate_dim or getattr(self.model, "truncate_dim", None)
+
+    def _width(self, kept: int | None) -> int:
+        """Of a row of which `kept` dimensions are kept."""
         model = self.model
+        own = getattr(model, "truncate_dim", None)
+        if kept is not None and own is not None and kept > own:  # the model tells the lesser of its two only
+            return int(self.run(["a"], truncate_dim=kept).embeddings.shape[1])
         name = (
             "get_embedding_dimension"
             if hasattr(model, "get_embedding_dimension")
@@ -235,7 +246,7 @@ class Embedder(Model):
         )
         width = getattr(model, name)()
         width = int(width) if width is not None else int(self.embed_documents(["a"]).shape[1])
-        return width if self._truncate_dim is None else min(width, self._truncate_dim)
+        return width if kept is None else min(width, kept)
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -250,18 +261,17 @@ class Embedder(Model):
         and one that is trained further does not; ``dimension``: of a row.
         """
         call = self._call(options)
-        width = self.dimension
         return {
             **identity_of(self, call.options),
             "normalize": bool(call.normalize),
             "precision": call.precision,
-            "dimension": width if call.truncate_dim is None else min(width, call.truncate_dim),
+            "dimension": self._width(call.truncate_dim),
         }
 
     def _call(self, options: dict[str, Any]) -> _Call:
         given = options.pop("normalize", None), _check_dim(options.pop("truncate_dim", None))
         normalize = self._normalize if given[0] is None else given[0]
-        truncate_dim = self._truncate_dim if given[1] is None else given[1]
+        truncate_dim = self._kept_dim() if given[1] is None else given[1]
         precision = options.pop("precision", "float32")
         if precision not in PRECISIONS:
             raise ConfigError(f"precision: got {precision!r}; choose from {', '.join(PRECISIONS)}")
@@ -283,10 +293,7 @@ class _Call:
 
     def finish(self, rows: Array | None, report: RunReport) -> EmbeddingRun:
         if rows is None:
-            width = self.embedder.dimension
-            rows = np.empty(
-                (0, width if self.truncate_dim is None else min(width, self.truncate_dim)), dtype=np.float32
-            )
+            rows = np.empty((0, self.embedder._width(self.truncate_dim)), dtype=np.float32)
         rows = self.scaled(rows)
         if self.precision != "float32" and len(rows):
             rows = _quantize(rows, self.precision)

@@ -81,7 +81,7 @@ def test_wheel_carries_its_licence_and_promises_only_what_is_there(wheel: Path) 
     assert described["Requires-Python"] == ">=3.10"
     assert set(described.get_all("Provides-Extra", [])) == set(project["optional-dependencies"])
     (everything,) = map(Requirement, project["optional-dependencies"]["all"])
-    left_out = {"all", "ray", "chroma", "langchain-qdrant"}  # large, and for clusters; and stores' clients
+    left_out = {"all", "ray", "chroma", "langchain-qdrant", "onnx", "openvino"}  # large: for clusters, stores, and CPUs
     assert everything.extras == set(project["optional-dependencies"]) - left_out
 
 

@@ -372,3 +372,22 @@ def test_report_reads_well(embedder: Embedder) -> None:
     assert "tokens/s" in str(report) and embedder.path in str(report)
     assert report.to_dict()["texts"] == 2
     assert "<table>" in report._repr_html_()
+
+
+def test_dimensions_that_the_model_keeps(minilm: str, tmp_path: Path) -> None:
+    """A model that was made, or saved, with `truncate_dim` gives rows as narrow as its own `encode`; a call's own number goes before."""
+    from sentence_transformers import SentenceTransformer
+
+    plain = SentenceTransformer(minilm, device="cpu", truncate_dim=64)
+    expected = plain.encode(["a crane", "a bird"])
+    plain.save(str(tmp_path / "saved"))
+    for given in (plain, str(tmp_path / "saved")):
+        with Embedder(given, device="cpu", memory=MemoryPolicy(learn=False)) as embedder:
+            assert embedder.dimension == 64 == embedder.identity()["dimension"]
+            assert embedder.embed_documents([]).shape == (0, 64)
+            np.testing.assert_allclose(embedder.embed_documents(["a crane", "a bird"]), expected, atol=1e-6)
+            wide = embedder.run(["a crane"], truncate_dim=128).embeddings
+            np.testing.assert_allclose(wide, plain.encode(["a crane"], truncate_dim=128), atol=1e-6)
+            assert embedder.identity(truncate_dim=128)["dimension"] == 128 == wide.shape[1]
+    with Embedder(str(tmp_path / "saved"), device="cpu", truncate_dim=32, memory=MemoryPolicy(learn=False)) as embedder:
+        np.testing.assert_allclose(embedder.embed_documents(["a crane", "a bird"]), expected[:, :32], atol=1e-6)
