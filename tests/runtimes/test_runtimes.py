@@ -19,6 +19,9 @@ from tests.runtimes.conftest import need
 MAKERS = {"openvino": openvino, "onnx": onnx}
 TEXTS = [text_of(length, number) for number, length in enumerate((5, 190, 6, 33, 34, 90, 7, 250, 12, 60, 61, 120))]
 
+FEW = {"texts": TEXTS}
+"""To measure agreement on, and to find scales from: quicker than the built-in ones."""
+
 
 def own_rows(folder: Path, texts: list[str], **options: Any) -> Any:
     return SentenceTransformer(str(folder), device="cpu").encode(texts, batch_size=1, **options)
@@ -32,7 +35,7 @@ def exported(cache: Path, pattern: str) -> Path:
 
 def test_float32_rows_are_those_of_torch(engine: str, tiny: Path) -> None:
     """Each row is that of the model's own encode, prompts and all; padding stays below a twentieth, and the report says who ran."""
-    with Embedder(str(tiny), engine=engine) as embedder:
+    with Embedder(str(tiny), engine=engine, quantization=FEW) as embedder:
         run = embedder.run(TEXTS, kind="query")
         documents = embedder.embed_documents(TEXTS)
     assert np.abs(run.embeddings - own_rows(tiny, TEXTS, prompt_name="query")).max() < 1e-4
@@ -45,7 +48,9 @@ def test_float32_rows_are_those_of_torch(engine: str, tiny: Path) -> None:
 def test_int8_rows_depend_on_no_neighbour(engine: str, scheme: str, tiny: Path) -> None:
     """int8 rows in company are those of the same texts alone, which per-tensor scales of a whole micro-batch would not give; and
     they agree with float32, as the model says of itself."""
-    with Embedder(str(tiny), engine=engine, dtype="int8", quantization=Quantization(scheme=scheme)) as embedder:
+    with Embedder(
+        str(tiny), engine=engine, dtype="int8", quantization=Quantization(scheme=scheme, texts=tuple(TEXTS))
+    ) as embedder:
         together = embedder.run(TEXTS)
         alone = np.concatenate([embedder.embed_documents([text], warn=False) for text in TEXTS])
         measured = embedder._engine.model.agreement
@@ -67,7 +72,7 @@ def test_scores_are_those_of_predict(engine: str, dtype: str | None, tiny_rerank
     """A Reranker's scores are those of predict, of int8 about those."""
     pairs = [("which birds are tall", text) for text in TEXTS]
     wanted = CrossEncoder(str(tiny_reranker), device="cpu").predict(pairs, batch_size=1)
-    with Reranker(str(tiny_reranker), engine=engine, dtype=dtype) as reranker:
+    with Reranker(str(tiny_reranker), engine=engine, dtype=dtype, quantization=FEW) as reranker:
         scores, path = reranker.score_pairs(pairs), reranker.path
         ranked = reranker.rerank("which birds are tall", TEXTS, top_n=3)
     assert "int8" in path or dtype is None
@@ -79,7 +84,7 @@ def test_what_loses_too_much_is_refused(engine: str, tiny: Path) -> None:
     """Below the user's least agreement a warning says so with the figure, torch computes in float32, and every report notes it."""
     with (
         pytest.warns(UserWarning, match=r"agrees with float32 to 0\.99\d* only.*torch computes in float32 instead"),
-        Embedder(str(tiny), engine=engine, dtype="int8", quantization={"least_agreement": 1.0}) as embedder,
+        Embedder(str(tiny), engine=engine, dtype="int8", quantization={**FEW, "least_agreement": 1.0}) as embedder,
     ):
         run = embedder.run(TEXTS)
     assert np.abs(run.embeddings - own_rows(tiny, TEXTS)).max() < 1e-5
@@ -117,7 +122,7 @@ def test_an_export_is_made_once(engine: str, tiny: Path, tmp_path: Path, monkeyp
 
 
 def load_and_embed(folder: Path, engine: str) -> Any:
-    with Embedder(str(folder), engine=engine) as embedder:
+    with Embedder(str(folder), engine=engine, quantization=FEW) as embedder:
         return embedder.embed_documents(TEXTS[:4])
 
 

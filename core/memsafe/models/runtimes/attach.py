@@ -37,7 +37,7 @@ _TAKES = 3.5
 written and read again to be made int8, and the half for what the tools hold beside."""
 _SAY_NOTHING = ("token", "use_auth_token", "cache_folder", "local_files_only")
 """Options that change no row."""
-_MOST_SAMPLES, _LEAST_SAMPLES = 128, 16
+_MOST_SAMPLES, _LEAST_SAMPLES = 64, 16
 _OPERATIONS = 2e12
 """For measuring agreement, and again for finding scales, at most: some ten seconds on two cores."""
 _TOKENS = 100
