@@ -271,14 +271,13 @@ class Embedder(Model):
     def _call(self, options: dict[str, Any]) -> _Call:
         given = options.pop("normalize", None), _check_dim(options.pop("truncate_dim", None))
         normalize = self._normalize if given[0] is None else given[0]
-        truncate_dim = self._kept_dim() if given[1] is None else given[1]
         precision = options.pop("precision", "float32")
         if precision not in PRECISIONS:
             raise ConfigError(f"precision: got {precision!r}; choose from {', '.join(PRECISIONS)}")
         options.setdefault("show_progress", None)
         if options["show_progress"] is None:
             options["show_progress"] = self._show_progress
-        return _Call(self, Options.of(options, self._model_options), normalize, truncate_dim, precision)
+        return _Call(self, Options.of(options, self._model_options), normalize, given[1], precision)
 
 
 @dataclass(frozen=True)
@@ -288,8 +287,13 @@ class _Call:
     embedder: Embedder
     options: Options
     normalize: bool | None
-    truncate_dim: int | None
+    given_dim: int | None
     precision: str
+
+    @property
+    def truncate_dim(self) -> int | None:
+        """How many leading dimensions are kept; asked once there are rows, since the model may have to be loaded for it."""
+        return self.embedder._kept_dim() if self.given_dim is None else self.given_dim
 
     def finish(self, rows: Array | None, report: RunReport) -> EmbeddingRun:
         if rows is None:

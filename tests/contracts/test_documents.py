@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentence_transformers
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [path for pattern in ("*.md", "docs/**/*.md") for path in sorted(ROOT.glob(pattern))]
@@ -77,7 +78,13 @@ def local_models(tmp_path_factory: pytest.TempPathFactory, minilm: str, demo_rer
         from tests import sparse_models
 
         if page == "outputs.md" or "splade" in name:
-            save = {"naver/splade-v3": sparse_models.save_splade, "BAAI/bge-m3": sparse_models.save_m3}
+            from tests.core.test_flag_rerankers import save_gemma
+
+            save = {
+                "naver/splade-v3": sparse_models.save_splade,
+                "BAAI/bge-m3": sparse_models.save_m3,
+                "BAAI/bge-reranker-v2-gemma": save_gemma,
+            }
             if name not in made:
                 make = save.get(name, sparse_models.save_late_interaction)
                 made[name] = str(make(tmp_path_factory.mktemp("made") / "model"))
@@ -94,6 +101,8 @@ def test_python_runs(document: Path, local_models: Any, tmp_path: Path, monkeypa
     """A page's Python runs from top to bottom as printed; models on the hub are replaced by local ones, but where only advice is
     asked, nothing else is."""
     monkeypatch.chdir(tmp_path)
+    for name in ("SentenceTransformer", "CrossEncoder"):  # a page puts ours in their place
+        monkeypatch.setattr(sentence_transformers, name, getattr(sentence_transformers, name))
     namespace: dict[str, Any] = {"__name__": document.stem}
     exec(BEFORE.get(document.name, ""), namespace)
     for block in PAGES[document]:

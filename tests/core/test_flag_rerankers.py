@@ -66,12 +66,15 @@ def save(folder: Path, model: Any) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> str:
+def save_gemma(folder: Path) -> str:
     """The shape of bge-reranker-v2-gemma."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.GemmaConfig(**SIZES))
-    return save(tmp_path_factory.mktemp("gemma"), model)
+    return save(folder, transformers.AutoModelForCausalLM.from_config(transformers.GemmaConfig(**SIZES)))
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_gemma(tmp_path_factory.mktemp("gemma"))
 
 
 @pytest.fixture(scope="module")

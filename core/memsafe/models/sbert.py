@@ -65,10 +65,9 @@ CLASSES = {
 
 
 def _library(name: str) -> Any | None:
-    """The library's own class called `name`, also where a program has put a subclass in its place; None if it has none."""
+    """The library's class called `name`, also where a program has put that of `memsafe.compat` in its place; None if it has none."""
     found = getattr(importlib.import_module("sentence_transformers"), name, None)
-    homes = () if found is None else found.__mro__
-    return next((each for each in homes if each.__module__.startswith(_KNOWN)), found)
+    return next((each for each in getattr(found, "__mro__", ()) if not each.__module__.startswith("memsafe.")), found)
 
 
 def is_reranker(model: Any) -> bool:
