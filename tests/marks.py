@@ -303,6 +303,7 @@ TWICE = {
     "hostile/test_jobs.py::test_a_job_that_kills_cross_encoder_finishes_with_equal_scores": "hostile/test_jobs.py::test_embedder_and_reranker_share_one_limit",
     "hostile/test_leaks.py::test_a_thousand_calls_leave_nothing_behind": "engine/test_nothing_stays.py::test_calls_leave_no_memory_behind",
     "concurrency/test_processes.py::test_what_is_being_closed_at_the_very_end_is_closed_before_the_interpreter_goes": "concurrency/test_processes.py::test_the_interpreter_exits_promptly",
+    "contracts/test_examples.py::test_hybrid_search_runs_offline": "core/test_multi_vector.py::test_three_outputs_of_one_pass",
     "contracts/test_examples.py::test_big_corpus": "corpus/test_crashes.py::test_killed_at_a_random_moment",
     "corpus/test_crashes.py::test_killed_at_every_step_to_the_disk": "corpus/test_crashes.py::test_killed_at_a_random_moment",
     "engine/test_unloading.py::test_other_outputs_leave_and_come_back_too": "engine/test_unloading.py::test_the_process_shrinks_on_a_cpu",
