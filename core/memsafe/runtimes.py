@@ -98,7 +98,9 @@ def check_engine(engine: Any, *, dtype: Any, device: Any, options: Mapping[str, 
             "sentence-transformers'; give one of them"
         )
     if dtype is not None and name != "auto" and name not in DTYPES[engine]:
-        raise ConfigError(f"dtype: engine={engine!r} has no {name!r}; choose from None, 'auto', {DTYPES[engine]}")
+        raise ConfigError(
+            f"dtype: engine={engine!r} has no {name!r}; choose from None, 'auto', {', '.join(map(repr, DTYPES[engine]))}"
+        )
     wrong = [each for each in devices if each is not None and str(each).split(":")[0] != "cpu"]
     if wrong or len(devices) > 1:
         raise ConfigError(
