@@ -41,15 +41,15 @@ class Quantization:
 
     scheme: Literal["auto", "static", "dynamic"] = "auto"
     """What activations are rounded by: ``"static"`` scales, found from `texts`, or the scales of each token by itself
-    (``"dynamic"``). Neither looks at other rows. Weights have a scale for each output channel. ``"auto"``: ``"static"``."""
+    (``"dynamic"``). Neither looks at other rows. Weights have a scale for each output channel. ``"auto"``: ``"dynamic"``."""
 
     least_agreement: float = 0.98
     """The model must agree so well with itself in float32, or it runs in torch's float32 instead, with a warning. Of embeddings
     the median cosine over `texts`, of one score a pair the correlation over pairs of them. 0: whatever comes of it."""
 
     texts: tuple[str, ...] = ()
-    """What scales are found from and agreement is measured on; a few hundred like those that will come are best.
-    (): passages of documentation, in English."""
+    """What scales are found from and agreement is measured on; some like those that will come are best. The
+    first 64 are read, of large models fewer, 16 at least. (): passages of documentation, in English."""
 
     def __post_init__(self) -> None:
         if self.scheme not in ("auto", "static", "dynamic"):

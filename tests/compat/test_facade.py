@@ -233,3 +233,16 @@ def test_in_the_place_of_the_librarys_class(folder: str, theirs: Any, monkeypatc
         assert type(embedder.model).__module__.startswith("sentence_transformers.")
     with Embedder(made) as embedder:
         np.testing.assert_allclose(embedder.run(TEXTS).embeddings, theirs.encode(TEXTS), atol=1e-5)
+
+
+def test_a_saved_width_can_be_lifted(folder: str, tmp_path: Path) -> None:
+    """`truncate_dim` of the object counts from the next call, also where the model was saved with one, and None is all of it."""
+    theirs = sentence_transformers.SentenceTransformer(folder, device="cpu", truncate_dim=8)
+    theirs.save(str(tmp_path / "saved"))
+    for ours in (SentenceTransformer(str(tmp_path / "saved"), device="cpu"), SentenceTransformer(theirs)):
+        same(ours.encode(TEXTS), theirs.encode(TEXTS))
+        ours.truncate_dim = None
+        assert ours.encode(TEXTS).shape[1] > 8
+        with ours.truncate_embeddings(4):
+            assert ours.encode(TEXTS).shape[1] == 4
+    assert theirs.truncate_dim == 8

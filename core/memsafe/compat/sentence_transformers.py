@@ -97,6 +97,7 @@ class _Core:
         library = sbert.build(self._kind._kind)
         plain = library.__new__(library)
         vars(plain).update({name: value for name, value in vars(owner).items() if name != "_memsafe"})
+        _ask_each_time(plain)
         several = isinstance(self._device, (list, tuple)) and _same(owner.device, self._device[0])
         return self._kind(plain, device=self._device if several else str(owner.device), **self._settings)
 
@@ -105,6 +106,12 @@ class _Core:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+def _ask_each_time(model: Any) -> None:
+    """Of the object below ours nothing is kept that every call of ours says, since ours may be changed: `truncate_dim` to None, too."""
+    if getattr(model, "truncate_dim", None) is not None:
+        model.truncate_dim = None
 
 
 def _state(owner: Any) -> tuple[Any, ...]:
@@ -134,6 +141,7 @@ class _Ours:
         elif model is None or isinstance(model, str) or not isinstance(model, torch.nn.Module):
             loaded, made = core.load(model, options)
             vars(self).update(vars(loaded))
+            _ask_each_time(loaded)
             core.keep(self, made)
         elif options:
             raise ConfigError(
