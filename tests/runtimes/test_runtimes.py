@@ -196,6 +196,20 @@ def test_what_an_engine_does_not_do_is_said(options: dict[str, Any], says: str, 
     assert says in str(caught.value)
 
 
+def test_running_out_while_exporting_is_the_same_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it is seen beforehand, with the remedy; nothing half made is left."""
+    from memsafe.models.runtimes import onnx
+
+    pytest.importorskip("onnxruntime", reason='engine="onnx" is an extra')
+
+    def export(*given: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(onnx, "export", export)
+    with pytest.raises(ModelTooLargeError, match="bring MEMSAFE_CACHE_DIR along"):
+        Embedder(str(tiny), engine="onnx")
+
+
 def test_a_loaded_model_is_not_exported(tiny: Path) -> None:
     """It is the user's own, and has no files to know it by."""
     with pytest.raises(ConfigError, match="with a loaded model; give its folder"):

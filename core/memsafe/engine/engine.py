@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +28,6 @@ from memsafe.planning.sizing import usual_block
 from memsafe.planning.turns import BULK, QUERY, Fixed, QueueKey
 
 __all__ = ["Engine"]
-
-log = logging.getLogger("memsafe")
 
 _numbers = itertools.count()
 

@@ -196,13 +196,14 @@ def _made(
             "complete, or another dtype is there"
         )
     need = int(_TAKES * 4 * sum(parameter.numel() for parameter in hf.parameters()))
+    too_large = ModelTooLargeError(
+        f"exporting {wanted.name} for engine={wanted.engine!r} takes about {format_bytes(need)}, but {format_bytes(room_bytes)} "
+        "are free for this; make it where there is more memory, and bring MEMSAFE_CACHE_DIR along, or leave engine out",
+        need_bytes=need,
+        free_bytes=room_bytes,
+    )
     if need > room_bytes:
-        raise ModelTooLargeError(
-            f"exporting {wanted.name} for engine={wanted.engine!r} takes about {format_bytes(need)}, but {format_bytes(room_bytes)} "
-            "are free for this; make it where there is more memory, and bring MEMSAFE_CACHE_DIR along, or leave engine out",
-            need_bytes=need,
-            free_bytes=room_bytes,
-        )
+        raise too_large
 
     def write(file: Path) -> None:
         plain = file if wanted.dtype != "int8" else file.with_name(f"plain{file.suffix}")
@@ -218,8 +219,8 @@ def _made(
     except MemsafeError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
+        if is_out_of_memory(error):  # it took more than was thought
+            raise too_large from error
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"model: {wanted.name} cannot be exported for engine={wanted.engine!r} ({type(error).__name__}: {reason}); leave engine out, "
