@@ -43,9 +43,10 @@ def neighbour() -> dict[str, Any]:
         done += count
         for share, word, answer in ((1 / 3, "take", "taken"), (2 / 3, "give", "given")):
             if done >= share * len(texts) and not (files / word).exists():
+                asked = len(budgets)
                 (files / word).touch()
                 wait_for(answer)
-                marks.append(len(budgets))
+                marks.append((asked, len(budgets)))
 
     policy = MemoryPolicy(learn=False, max_tokens=1024)  # enough micro-batches to see each third
     with Embedder(str(folder / "embedder"), device="cpu", memory=policy, hooks=[hook]) as embedder:

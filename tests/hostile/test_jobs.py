@@ -102,10 +102,10 @@ def test_a_neighbour_takes_memory_in_the_middle_and_gives_it_back(
         done = box.run(PAIR, "neighbour", str(long_context), str(tmp_path), env=ENV).check()
         assert beside.wait(timeout=20) == 0
     told = json.loads(done.stdout.splitlines()[-1])
-    budgets, (taken, given) = told["budgets"], told["marks"]
+    budgets, ((take, taken), (give, given)) = told["budgets"], told["marks"]
     record("a neighbour of 220 MiB", {"container_bytes": CONTAINER_BYTES, "peak": done.peak_bytes, **told})
-    in_flight = 4  # at a mark: let in under the old budget, done under the new one
-    before, during, after = budgets[:taken], budgets[taken + in_flight : given], budgets[given + in_flight :]
+    in_flight = 4  # let in under the old budget, done after the neighbour's answer; the change itself is nobody's
+    before, during, after = budgets[:take], budgets[taken + in_flight : give], budgets[given + in_flight :]
     assert max(during) < max(before) - 150 * MiB
     assert max(after) > max(during) + 150 * MiB
     assert np.abs(np.load(tmp_path / "rows.npy") - np.load(long_context / "many.npy")).max() < 1e-5

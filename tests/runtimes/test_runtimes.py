@@ -196,7 +196,9 @@ def test_what_an_engine_does_not_do_is_said(options: dict[str, Any], says: str, 
     assert says in str(caught.value)
 
 
-def test_running_out_while_exporting_is_the_same_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_while_exporting_is_the_same_error(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As where it is seen beforehand, with the remedy; nothing half made is left."""
     from memsafe.models.runtimes import onnx
 
@@ -205,9 +207,11 @@ def test_running_out_while_exporting_is_the_same_error(tiny: Path, monkeypatch: 
     def export(*given: object) -> None:
         raise MemoryError
 
+    monkeypatch.setenv("MEMSAFE_CACHE_DIR", str(tmp_path / "cache"))  # no other test has exported it into this one
     monkeypatch.setattr(onnx, "export", export)
     with pytest.raises(ModelTooLargeError, match="bring MEMSAFE_CACHE_DIR along"):
         Embedder(str(tiny), engine="onnx")
+    assert not list((tmp_path / "cache").rglob("*.onnx"))
 
 
 def test_a_loaded_model_is_not_exported(tiny: Path) -> None:
