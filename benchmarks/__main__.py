@@ -21,6 +21,7 @@ from benchmarks.corpus import corpus
 from benchmarks.dtype import dtype
 from benchmarks.feeding import feeding
 from benchmarks.int8 import int8
+from benchmarks.outputs import outputs
 from benchmarks.overhead import overhead
 from benchmarks.prediction import CASES, prediction
 from benchmarks.quality import quality
@@ -174,6 +175,11 @@ class Suite:
         few = {"count": 60, "pairs": 30, "tail": 20, "rounds": 2, "budget_s": 20.0} if self.quick else {}
         return int8(folder=self.folder, **few)
 
+    def outputs(self) -> Results:
+        """Sparse rows, token vectors, three outputs of one pass."""
+        few = {"sparse": 10, "count": 60, "tail": 20, "rounds": 2, "budget_s": 20.0} if self.quick else {}
+        return outputs(folder=self.folder, **few)
+
 
 SECTIONS = (
     *(
@@ -188,6 +194,7 @@ SECTIONS = (
         "dtype",
         "quality",
         "int8",
+        "outputs",
         "mixes",
         "scale",
     ),

@@ -57,6 +57,19 @@ ENVIRONMENTS = {
         why="optimum-intel 2.2 needs transformers < 5.6; its torchvision is left out (text models do not use it)",
     ),
     "flag": Environment(packages=("torch", "FlagEmbedding==1.4.2", "rerankers==0.10.0"), why="kept apart from ours"),
+    "pylate": Environment(
+        packages=(
+            "torch",
+            "sentence-transformers==5.3.0",
+            "transformers<=5.3.0",
+            "accelerate",
+            "datasets",
+            "pandas",
+            "ujson==5.12.0",
+        ),
+        alone=("pylate==1.6.0",),
+        why="PyLate 1.6 needs sentence-transformers 5.3; its indexes' packages are left out (encoding does not use them)",
+    ),
     "fastembed": Environment(packages=("fastembed==0.9.1",), why="needs no torch at all, which its memory should show"),
     "infinity": Environment(
         packages=(

@@ -94,10 +94,92 @@ def _cross_encoder(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source, model_max_length=512).save_pretrained(folder)
 
 
+def _splade(folder: Path) -> None:
+    """SPLADE on XLM-R's 250,002 words, 2 layers of 384, 1,024 tokens; a bias that leaves rows as sparse as trained ones are."""
+    import torch
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+    from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaForMaskedLM
+
+    torch.manual_seed(0)
+    config = XLMRobertaConfig(
+        vocab_size=250_002,
+        hidden_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        max_position_embeddings=1026,
+        pad_token_id=0,
+    )
+    model = XLMRobertaForMaskedLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.bias.fill_(-1.2)
+    base = folder / "base"
+    model.save_pretrained(base)
+    AutoTokenizer.from_pretrained(str(_minilm()), model_max_length=1024).save_pretrained(base)
+    modules = [Transformer(str(base), transformer_task="fill-mask", max_seq_length=1024), SpladePooling()]
+    SparseEncoder(modules=modules, device="cpu").save(str(folder))
+    shutil.rmtree(base)
+
+
+def _colbert(folder: Path) -> None:
+    """MiniLM with a random projection to 128 numbers a token, written as PyLate writes it: a folder that all can load."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModel, AutoTokenizer
+
+    torch.manual_seed(0)
+    source = str(_minilm())
+    model = AutoModel.from_pretrained(source).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source, model_max_length=512)
+    tokenizer.add_tokens(["[Q] ", "[D] "])
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    dense = folder / "1_Dense"
+    dense.mkdir()
+    save_file({"linear.weight": torch.randn(128, 384) / 384**0.5}, dense / "model.safetensors")
+    width = {"in_features": 384, "out_features": 128, "bias": False}
+    identity = "torch.nn.modules.linear.Identity"
+    files: dict[Path, Any] = {
+        dense / "config.json": {**width, "activation_function": identity, "use_residual": False},
+        folder / "sentence_bert_config.json": {"max_seq_length": 256, "do_lower_case": False},
+        folder / "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Dense", "type": "pylate.models.Dense.Dense"},
+        ],
+        folder / "config_sentence_transformers.json": {
+            "model_type": "ColBERT",
+            "query_prefix": "[Q] ",
+            "document_prefix": "[D] ",
+            "query_length": 32,
+            "document_length": 256,
+            "attend_to_expansion_tokens": False,
+            "skiplist_words": [],
+            "similarity_fn_name": "MaxSim",
+        },
+    }
+    for path, content in files.items():
+        path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _m3(folder: Path) -> None:
+    """xlmr-2x256 with BGE-M3's two further heads beside its weights."""
+    import torch
+
+    _xlmr(folder)
+    for name, rows in (("sparse_linear.pt", 1), ("colbert_linear.pt", 256)):
+        torch.save({"weight": torch.randn(rows, 256) / 16, "bias": torch.randn(rows) * 0.1}, folder / name)
+
+
 _MADE: dict[str, Callable[[Path], None]] = {
     "xlmr-2x256": _xlmr,
     "gte-2x256": _gte,
     "minilm-cross-encoder": _cross_encoder,
+    "splade-2x384": _splade,
+    "colbert-minilm": _colbert,
+    "m3-2x256": _m3,
 }
 MODELS = ("minilm", *_MADE)
 
@@ -180,11 +262,13 @@ def flops(folder: Path, lengths: list[int]) -> tuple[float, float]:
     """(matrix-product, attention) floating-point operations of one forward over sequences of `lengths` tokens.
 
     Per token and layer 2 * (4 * h^2 + k * h * i): query, key, value and output projections and a feed-forward of k = 2
-    matrices (3 if gated); per sequence and layer 4 * n^2 * h for scores and their weighted sum. Embedding look-ups,
-    norms, activations, pooling and heads are not counted.
+    matrices (3 if gated); per sequence and layer 4 * n^2 * h for scores and their weighted sum; of a masked language model its
+    head, 2 * (h^2 + h * v) a token. Embedding look-ups, norms, activations, pooling and other heads are not counted.
     """
-    shape, layers = shapes(folder), _config(folder)["num_hidden_layers"]
-    hidden, inner = shape["hidden"], shape["inner"]
+    config, shape = _config(folder), shapes(folder)
+    hidden, inner, layers = shape["hidden"], shape["inner"], config["num_hidden_layers"]
     linear = 2.0 * (4 * hidden * hidden + (3 if shape["gated"] else 2) * hidden * inner) * layers * sum(lengths)
+    if any(name.endswith("ForMaskedLM") for name in config.get("architectures") or ()):
+        linear += 2.0 * (hidden * hidden + hidden * config["vocab_size"]) * sum(lengths)
     attention = 4.0 * hidden * layers * sum(n * n for n in lengths)
     return linear, attention

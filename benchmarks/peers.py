@@ -35,6 +35,10 @@ class Peer:
         """Rows in the order of `inputs`; `setting` holds what is varied, such as batch_size."""
         raise NotImplementedError
 
+    def rows(self, result: Any) -> Any:
+        """What :meth:`run` gave as an array of a row per input, not timed: for the checksum and the comparison."""
+        return result
+
     def query(self, text: str) -> Any:
         """One query alone, as a service embeds it."""
         return self.run([text], {})
@@ -379,6 +383,10 @@ def create(name: str) -> Peer:
     if name in RERANKERS:
         return RERANKERS[name]()
     kind, _, rest = name.partition(":")
+    if kind == "outputs":
+        from benchmarks.outputs_peers import OUTPUTS
+
+        return OUTPUTS[rest]()
     if kind == "roofline":
         from benchmarks.roofline import Roofline
 

@@ -388,6 +388,11 @@ def int8(section: Section) -> list[str]:
     return lines
 
 
+def outputs(section: Section) -> list[str]:
+    lines = _speed(section, "Sparse rows, token vectors, three outputs of one pass")
+    return [*lines, *[line.replace("## Peak", "### Peak", 1) for line in memory(section["memory"])]]
+
+
 SECTIONS: dict[str, Callable[[Section], list[str]]] = {
     "speed": lambda section: _speed(section, "Embedding"),
     "rerank": lambda section: _speed(section, "Reranking"),
@@ -402,6 +407,7 @@ SECTIONS: dict[str, Callable[[Section], list[str]]] = {
     "dtype": dtype,
     "quality": quality,
     "int8": int8,
+    "outputs": outputs,
 }
 
 

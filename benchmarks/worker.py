@@ -65,7 +65,7 @@ class Host:
             result = self.peer.run(inputs, setting)
             seconds.append(time.perf_counter() - started)
             cpu_seconds.append(time.process_time() - cpu_started)
-            rows = np.asarray(result, dtype=np.float32)
+            rows = np.asarray(self.peer.rows(result), dtype=np.float32)
             if len(rows) != len(inputs):
                 raise RuntimeError(f"{len(rows)} rows for {len(inputs)} inputs")
             checksums.append(float(np.abs(rows).sum(dtype=np.float64)))

@@ -37,6 +37,7 @@ ALONE = {
 """Nothing runs beside them."""
 
 SLOW = {
+    "runtimes/test_runtimes.py::test_a_forked_child_is_served_or_told",
     "core/test_flag_rerankers.py",
     "chroma/test_embedding.py::test_rows_are_those_of_the_replaced_class",
     "haystack/test_components.py::test_embedders",
@@ -57,6 +58,7 @@ SLOW = {
     "attention/test_packing.py::test_padded_rows_under_the_small_mask",
     "attention/test_packing.py::test_quick_heads_give_the_same_rows",
     "attention/test_packing.py::test_threads_share_a_model",
+    "benchmarks/test_harness.py::test_rows_of_other_outputs_are_compared",
     "benchmarks/test_prove_smoke.py::test_every_section_runs_and_is_written",
     "benchmarks/test_quality.py::test_chunks_find_an_answer_behind_the_cut",
     "benchmarks/test_prove_smoke.py::test_without_a_card_it_says_so",

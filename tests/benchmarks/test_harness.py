@@ -15,8 +15,11 @@ from benchmarks import __main__ as suite
 from benchmarks import machine, memory, models, report, stats, texts
 from benchmarks.client import Unavailable, Worker, write_inputs
 from benchmarks.contenders import EMBED, RERANK, Contender
-from benchmarks.peers import EMBEDDERS, RERANKERS
+from benchmarks.outputs import KINDS
+from benchmarks.outputs_peers import OUTPUTS
+from benchmarks.peers import EMBEDDERS, RERANKERS, create
 from benchmarks.speed import Arena, Task, agreement, compare, peaks
+from tests.sparse_models import save_late_interaction, save_splade
 
 
 def test_texts_are_distinct_and_the_same_every_time() -> None:
@@ -70,6 +73,22 @@ def test_every_contender_has_a_driver() -> None:
     """No line of the tables names a peer that nobody wrote."""
     assert {c.peer for c in EMBED} == set(EMBEDDERS)
     assert {c.peer for c in RERANK} == set(RERANKERS)
+    assert {c.peer for among in KINDS.values() for c in among} == {f"outputs:{name}" for name in OUTPUTS}
+
+
+def test_rows_of_other_outputs_are_compared(tmp_path: Path) -> None:
+    """Words' weights and token vectors come out as rows of numbers: those of ours are the peers', in the same order."""
+    given = ["how do I sort a list", "open a file", "sockets and bytes, one after the other"]
+    folders = {"sparse": save_splade(tmp_path / "s"), "multi-vector": save_late_interaction(tmp_path / "m")}
+    for ours, theirs in (("sparse", "sparse-encoder"), ("multi-vector", "multi-vector-encoder")):
+        found = []
+        for name in (f"memsafe-{ours}", theirs):
+            peer = create(f"outputs:{name}")
+            peer.load(folders[ours], {})
+            found.append(np.asarray(peer.rows(peer.run(given, {})), dtype=np.float32))
+        largest = np.abs(found[1]).max()
+        assert agreement(*found)["max_difference"] < 1e-5 * largest, ours
+        assert agreement(found[0][::-1], found[1])["max_difference"] > 1e-2 * largest > 0, ours
 
 
 def test_a_missing_environment_is_a_reason_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

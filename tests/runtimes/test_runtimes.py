@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,10 +223,38 @@ def test_a_loaded_model_is_not_exported(tiny: Path) -> None:
         Embedder(SentenceTransformer(str(tiny), device="cpu"), engine="onnx")
 
 
+_FORKED = """
+import os, sys, warnings
+from memsafe import ClosedError, Embedder
+warnings.simplefilter("ignore")  # Python warns of forking with threads
+embedder = Embedder(sys.argv[1], engine=sys.argv[2])
+rows = embedder.embed_documents(["a crane is a bird"])
+if os.fork() == 0:
+    try:
+        same = (embedder.embed_documents(["a crane is a bird"]) == rows).all()
+        print("served" if same else "other rows", flush=True)
+    except ClosedError as error:
+        print(error, flush=True)
+    os._exit(0)
+os.wait()
+print((embedder.embed_documents(["a crane is a bird"]) == rows).all())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_is_served_or_told(engine: str, tiny: Path) -> None:
+    """OpenVINO's threads do not survive a fork, which the child is told instead of waiting for ever; ONNX Runtime has none. The
+    parent goes on."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FORKED, str(tiny), engine], capture_output=True, text=True, timeout=60, check=True
+    )
+    told, parent = done.stdout.splitlines()
+    assert parent == "True"
+    assert told == "served" if engine == "onnx" else "forked after openvino had loaded a model" in told
+
+
 def test_a_missing_runtime_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the command that installs it."""
-    import sys
-
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(ImportError, match=r'pip install "memsafe\[openvino\]"'):
         Embedder(str(tiny), engine="openvino")
