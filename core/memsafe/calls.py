@@ -302,7 +302,7 @@ class Model:
             try:
                 engine.announce(job)
                 await in_thread(engine.feed, job, work.values, work.way, warn=options.warn)
-                await asyncio.wrap_future(job.future)
+                await asyncio.wrap_future(job.future())
                 rows, report = await in_thread(engine.finish, job, num_texts=len(values))
             except InputTooLargeError as error:
                 _spread(error, distinct, work, finish)

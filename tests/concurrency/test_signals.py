@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from memsafe.testing import SimulatedDevice, SimulatedEmbedder
+from tests.concurrency.helpers import PATIENCE_S, lane_names, start, wait_until
 from tests.concurrency.test_processes import HELD, run
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX signals")
@@ -82,6 +84,46 @@ def test_ctrl_c_as_a_wait_lets_its_lock_go(raised: BaseException, monkeypatch: p
             with pytest.raises(type(raised)):
                 embedder.embed_documents(texts)
         assert np.array_equal(embedder.embed_documents(texts), expected)
+
+
+def test_a_caller_enters_no_condition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`with` on a condition, or on a future, runs Python code that a Ctrl-C can end with the lock held: a worker that needs it then
+    waits for ever. Thread.start has one, and what it leaves behind is not counted as a lane."""
+    caller, entered = threading.get_ident(), []
+    enter = threading.Condition.__enter__
+
+    def recorded(condition: threading.Condition) -> bool:
+        came_from = sys._getframe(1).f_code
+        if threading.get_ident() == caller and came_from.co_filename != threading.__file__:
+            entered.append(came_from.co_qualname if hasattr(came_from, "co_qualname") else came_from.co_name)
+        return enter(condition)
+
+    monkeypatch.setattr(threading.Condition, "__enter__", recorded)
+    memory = {"max_tokens": 32, "max_pending": 50}
+    with SimulatedEmbedder(SimulatedDevice("1GiB"), memory=memory, hooks=[lambda event: None]) as embedder:
+        embedder.embed_documents([f"text {i} of many" for i in range(60)])
+    assert not entered
+
+
+def test_a_lane_that_was_interrupted_as_it_began_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may hang in its own beginning; the next call has a new one."""
+    with SimulatedEmbedder(SimulatedDevice("1GiB")) as embedder:
+        expected = embedder.embed_documents(["a", "b"])
+        wait_until(lambda: not lane_names(), "the end of the lanes")
+
+        begin = threading.Thread.start
+
+        def interrupted(thread: threading.Thread) -> None:
+            if thread.name in ("memsafe-hooks", "memsafe-reaper"):
+                return begin(thread)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupted)
+            for _ in range(4):  # as many as a device has lanes, and more
+                with pytest.raises(KeyboardInterrupt):
+                    embedder.embed_documents(["a", "b"])
+        assert np.array_equal(start(embedder.embed_documents, ["a", "b"]).result(PATIENCE_S), expected)
 
 
 @pytest.mark.parametrize("handled", [True, False])

@@ -164,6 +164,8 @@ def test_calls_at_the_very_moment() -> None:
             for thread in threads:
                 thread.join()
         assert not failures, failures[0]
+        until(lambda: gone(embedder, reranker))  # whether it ever was between the calls is a matter of milliseconds
+        assert np.array_equal(embedder.embed_documents(TEXTS), wanted)
         assert sum(isinstance(event, ModelReloaded) for event in events) >= 1
         until(lambda: gone(embedder, reranker))
         assert device.snapshot().reserved_bytes == 0

@@ -31,7 +31,9 @@ class Hooks:
     def __init__(self, hooks: Sequence[EventHook]) -> None:
         self._hooks = tuple(hooks)
         self._waiting: deque[Event] = deque()
-        self._changed = threading.Condition(threading.Lock())
+        # `with` on the lock itself: a Ctrl-C inside the condition's own __enter__, which is Python code, would leave it held
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._come = self._told = 0  # events so far
         self._failed = self._full = self._stuck = False
@@ -39,7 +41,7 @@ class Hooks:
     def __call__(self, event: Event) -> None:
         """Let `event` be told soon."""
         dropped = False
-        with self._changed:
+        with self._lock:
             self._come += 1
             self._waiting.append(event)
             if len(self._waiting) > MOST_WAITING:
@@ -59,7 +61,7 @@ class Hooks:
 
     def settle(self) -> None:
         """Wait until all that has come so far is told, or a hook is stuck; not in a hook itself, which would wait for itself."""
-        with self._changed:
+        with self._lock:
             if self._thread is None or threading.current_thread() is self._thread or self._stuck:
                 return
             wanted = self._come
@@ -74,7 +76,7 @@ class Hooks:
 
     def _tell_all(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 if not self._waiting and not self._changed.wait_for(lambda: self._waiting, IDLE_S):
                     self._thread = None
                     self._changed.notify_all()
@@ -88,7 +90,7 @@ class Hooks:
                         self._failed = True
                         log.exception("an event hook failed; later failures of hooks are not reported")
             del event
-            with self._changed:
+            with self._lock:
                 self._told += 1
                 self._stuck = False
                 self._changed.notify_all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, TimeoutError
 from typing import Any
 
 from memsafe.engine.sinks import Rows, RowWriter
@@ -18,7 +18,10 @@ __all__ = ["Backlog", "Job"]
 
 
 class Job:
-    """One call: its rows, its report, and a future that ends with the array of rows or with an error.
+    """One call: its rows, its report, and how it ends, with the array of rows or with an error.
+
+    A caller waits for a plain lock: a Ctrl-C inside a future's own methods, which are Python code, may leave its lock held, and then
+    whoever ends the job waits for ever.
 
     extras: features beside the tokens that all its inputs share.
     positions: where each distinct input first stands in the caller's list; None if that is its own index. keep: see
@@ -42,9 +45,7 @@ class Job:
         self.report = report
         self.emit = emit
         self.writer = RowWriter(num_inputs, keep)
-        self.future: Future[Rows | None] = Future()
-        # asyncio cancels a wrapped future behind our back, unless it runs; then cancelling goes through :meth:`cancel`
-        self.future.set_running_or_notify_cancel()
+        self._future: Future[Rows | None] | None = None
         self.backlog: Backlog | None = None
         self.started = 0.0
         self.process_bytes_before: list[int] = []  # on each device
@@ -52,17 +53,35 @@ class Job:
         self._pending = num_inputs
         self._failed: dict[int, InputTooLargeError] = {}
         self._lock = threading.Lock()
+        self._running = threading.Lock()  # held until the end
+        self._running.acquire()
+        self._rows: Rows | None = None
+        self._error: BaseException | None = None
+        self.done = False
+        """Whether nothing more is wanted of this job: finished, failed or cancelled."""
         if num_inputs == 0:
-            self.future.set_result(None)
+            self._end(None)
 
     def position(self, index: int) -> int:
         """Where input `index` of the job stands in the caller's list: what messages and errors name."""
         return index if self._positions is None else self._positions[index]
 
-    @property
-    def done(self) -> bool:
-        """Whether nothing more is wanted of this job: finished, failed or cancelled."""
-        return self.future.done()
+    def future(self) -> Future[Rows | None]:
+        """What asyncio can wait for. Once a job."""
+        future: Future[Rows | None] = Future()
+        # asyncio cancels a wrapped future behind our back, unless it runs; then cancelling goes through :meth:`cancel`
+        future.set_running_or_notify_cancel()
+        with self._lock:
+            self._future, done = future, self.done
+        if done:
+            self._tell(future)
+        return future
+
+    def _tell(self, future: Future[Rows | None]) -> None:
+        if self._error is None:
+            future.set_result(self._rows)
+        else:
+            future.set_exception(self._error)
 
     def deliver(self, items: Sequence[TokenizedInput], rows: Rows) -> None:
         """Write the rows of `items`; finishes the job with the last one. What goes wrong here ends this job alone."""
@@ -93,16 +112,23 @@ class Job:
     def result(self, timeout_s: float | None = None) -> Rows | None:
         """Wait for the rows: float32, one per input; None if there were no inputs. Interrupting cancels the job."""
         try:
-            return self.future.result(timeout_s)
+            if not self._running.acquire(timeout=-1 if timeout_s is None else timeout_s):
+                raise TimeoutError(f"the rows did not come within {timeout_s:g} seconds")
+            self._running.release()  # whoever else waits
         except BaseException:
-            if not self.future.done():
-                self.cancel()
+            self.cancel()  # unless it is done
             raise
+        try:
+            if self._error is not None:
+                raise self._error
+            return self._rows
+        finally:
+            self = None  # type: ignore[assignment]  # as futures do: else the error holds the job, and the job the error
 
     def _finish(self, count: int) -> None:
         with self._lock:
             self._pending -= count
-            last = self._pending == 0 and not self.future.done()
+            last = self._pending == 0 and not self.done
             failed = dict(self._failed) if last else {}
         if self._progress is not None:
             try:
@@ -121,13 +147,15 @@ class Job:
 
     def _end(self, error: BaseException | None) -> bool:
         """Set the outcome; False if there was one already (a cancelled job's last rows may arrive late)."""
-        try:
-            if error is None:
-                self.future.set_result(self.writer.array)
-            else:
-                self.future.set_exception(error)
-        except InvalidStateError:
-            return False
+        rows = self.writer.array if error is None else None
+        with self._lock:
+            if self.done:
+                return False
+            self._rows, self._error, self.done = rows, error, True
+            future = self._future
+        self._running.release()
+        if future is not None:
+            self._tell(future)
         return True
 
 

@@ -189,6 +189,11 @@ class Lanes:
                 self._threads.discard(lane)
                 if not self._threads:
                     raise
+            except (
+                BaseException
+            ):  # a Ctrl-C: whether it runs is not known, and one that does not must not be counted on
+                self._threads.discard(lane)
+                raise
 
     def _lane(self) -> None:
         _here.lane = True

@@ -43,8 +43,9 @@ def _start() -> None:
     global _thread
     with _lock:
         if _thread is None:
-            _thread = threading.Thread(target=_close_dropped, name="memsafe-reaper", daemon=True)
-            _thread.start()
+            thread = threading.Thread(target=_close_dropped, name="memsafe-reaper", daemon=True)
+            thread.start()  # a Ctrl-C in here: the next one begins another
+            _thread = thread
 
 
 def drop(engine: _Closable) -> None:

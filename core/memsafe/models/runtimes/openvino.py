@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import queue
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ class Opened:
         names = [next(iter(sorted(each.get_names())), "") for each in self._compiled.outputs]
         ranks = [len(each.partial_shape) for each in self._compiled.outputs]
         self._output = wanted_output(list(zip(names, ranks, strict=True)))
-        self._idle: queue.LifoQueue[Any] = queue.LifoQueue()
+        self._idle: list[Any] = []  # whose append and pop are each one step
         self._warm_up(cores)
 
     def _warm_up(self, cores: int) -> None:
@@ -105,21 +104,17 @@ class Opened:
 
     def run(self, features: Mapping[str, Array]) -> Array:
         try:
-            request = self._idle.get_nowait()
-        except queue.Empty:
+            request = self._idle.pop()
+        except IndexError:
             request = self._compiled.create_infer_request()
         try:
             request.infer(dict(features), share_inputs=True)
             return np.array(request.get_output_tensor(self._output).data, dtype=np.float32)
         finally:
-            self._idle.put(request)
+            self._idle.append(request)
 
     def release(self) -> None:
-        while True:
-            try:
-                self._idle.get_nowait()
-            except queue.Empty:
-                break
+        self._idle.clear()
         with contextlib.suppress(RuntimeError):  # something runs: it holds what it needs, and may keep it
             self._compiled.release_memory()
 
