@@ -40,7 +40,7 @@ def packed(block: Block, tokens: int) -> Callable[..., torch.Tensor]:
     """By torch.ops.mkldnn: weights in the order that oneDNN likes best for `tokens` rows, GELU and addition in the same pass."""
     ops: Any = torch.ops.mkldnn
     out, up, down = (
-        (ops._reorder_linear_weight(each.weight.detach().to_mkldnn(), tokens), each.bias)
+        (ops._reorder_linear_weight(each.weight.detach(), tokens), each.bias)
         for each in (block.out, block.up, block.down)
     )
 

@@ -37,6 +37,7 @@ ALONE = {
 """Nothing runs beside them."""
 
 SLOW = {
+    "models/test_products.py::test_new_shapes_take_no_memory_for_good",
     "runtimes/test_runtimes.py::test_a_forked_child_is_served_or_told",
     "core/test_flag_rerankers.py",
     "chroma/test_embedding.py::test_rows_are_those_of_the_replaced_class",

@@ -15,6 +15,7 @@ from memsafe.attention import kernels
 from memsafe.config import GiB, MiB
 from memsafe.machine import nvml
 from memsafe.machine.linux import LinuxHost
+from memsafe.models import products
 from memsafe.runtimes import int8_instructions
 
 
@@ -103,6 +104,7 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_PASSWORD", "hunter2")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     found = doctor.examine()
+    assert ("oneDNN" in found.cpu["float32"]) is products.pays()
     assert found.cpu["int8"] == ": ".join(int8_instructions(found.cpu["features"]))
     assert found.cpu["cores to use"] >= 1 and found.memory["free_bytes"] > 0
     assert "torch" in found.versions and found.settings["OMP_NUM_THREADS"] == "2"

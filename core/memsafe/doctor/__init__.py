@@ -136,6 +136,7 @@ def _versions() -> dict[str, str]:
 
 def _cpu(host: Any) -> dict[str, Any]:
     torch = importlib.import_module("torch")
+    products = importlib.import_module("memsafe.models.products")
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     features = host.cpu_features()
     return {
@@ -145,6 +146,9 @@ def _cpu(host: Any) -> dict[str, Any]:
         "torch threads": torch.get_num_threads(),
         "features": [name for name in _FEATURES if name in features],
         "dtypes": [name for name in _DTYPES if host.supports(name)],
+        "float32": "oneDNN, since MKL does not use this processor's AVX-512"
+        if products.pays()
+        else "as torch multiplies it",
         "int8": ": ".join(int8_instructions(features)),
     }
 

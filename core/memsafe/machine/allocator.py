@@ -20,6 +20,11 @@ __all__ = ["AllocatorState", "configure", "release_cache"]
 _NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _OTHER_NAMES = ("PYTORCH_HIP_ALLOC_CONF",)  # ROCm reads this one first for some keys
 
+_ONEDNN = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+"""oneDNN writes a program for each shape of a matrix product that it meets, and it and torch's layer above it (ideep, per thread) keep 1,024 of
+them, of 0.7 to 1.7 MB: micro-batches of 400 different numbers of tokens made a process grow by 0.9 GB in bfloat16, 1.1 GB in float32;
+with 16 by 31 MB, and no slower (one core of an EPYC, torch 2.13)."""
+
 _lock = threading.Lock()
 _ours: str | None = None
 
@@ -38,12 +43,15 @@ class AllocatorState:
 
 
 def configure(policy_alloc_conf: str | None) -> AllocatorState:
-    """Put `policy_alloc_conf` in force, if nobody else has set anything and torch has not begun. Idempotent.
+    """Put `policy_alloc_conf` in force, if nobody else has set anything and torch has not begun; and limits for what oneDNN keeps
+    on a CPU, where the environment has none. Idempotent.
 
     Both names are set to the same string: torch 2.9 ignores some keys under the new name, later ones deprecate the
     old one, and keys under different names are split between them.
     """
     global _ours
+    for name, value in _ONEDNN.items():
+        os.environ.setdefault(name, value)
     with _lock:
         found = {name: os.environ[name] for name in (*_NAMES, *_OTHER_NAMES) if name in os.environ}
         users = {name: value for name, value in found.items() if name not in _NAMES or value != _ours}

@@ -43,6 +43,10 @@ class Host(ABC):
         """The processor's instruction sets, in the words of /proc/cpuinfo; empty if unknown."""
         return frozenset()
 
+    def cpu_vendor(self) -> str:
+        """Who made the processor, in the words of x86's CPUID ("GenuineIntel", "AuthenticAMD"); "" if unknown."""
+        return ""
+
 
 def open_host() -> Host:
     """The host for this system."""

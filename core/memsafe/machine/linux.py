@@ -146,11 +146,18 @@ class LinuxHost(Host):
         return self._cores[0]
 
     def cpu_features(self) -> frozenset[str]:
+        return frozenset(self._cpuinfo(b"flags", b"Features").split())  # x86 and ARM
+
+    def cpu_vendor(self) -> str:
+        return self._cpuinfo(b"vendor_id")
+
+    def _cpuinfo(self, *names: bytes) -> str:
+        """What the first line of one of these names says; "" without."""
         for line in (_read(f"{self._root}/proc/cpuinfo") or b"").splitlines():
             name, _, value = line.partition(b":")
-            if name.strip() in (b"flags", b"Features"):  # x86 and ARM
-                return frozenset(value.decode("ascii", "replace").split())
-        return frozenset()
+            if name.strip() in names:
+                return value.decode("ascii", "replace").strip()
+        return ""
 
     def _sizes(self) -> tuple[int, int, int]:
         """Virtual, resident and data size in bytes (proc(5), statm; its data includes the stack)."""

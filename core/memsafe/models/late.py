@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from memsafe.models import segments
+from memsafe.models import products, segments
 from memsafe.models.m3 import ends_in_heads
 from memsafe.models.private import private_copy
 from memsafe.models.segments import Segmented
@@ -218,14 +218,14 @@ class _LateSplade(nn.Module):
         weight = self.projection.weight[words]
         bias = None if self.projection.bias is None else self.projection.bias[words]
         if len(states) <= most:
-            return self._reduced(nn.functional.linear(states, weight, bias), lengths)
+            return self._reduced(products.linear(states, weight, bias), lengths)
         rows: Tensor = weight.new_full((1, weight.shape[0]), 0 if self.sums else -torch.inf)
         for part in torch.split(states, most):  # one sequence of several tiles
             # No name holds a tile: the next one is made while it would.
             if self.sums:
-                rows += self._active(nn.functional.linear(part, weight, bias)).sum(dim=0, keepdim=True)
+                rows += self._active(products.linear(part, weight, bias)).sum(dim=0, keepdim=True)
             else:
-                rows = torch.maximum(rows, nn.functional.linear(part, weight, bias).amax(dim=0, keepdim=True))
+                rows = torch.maximum(rows, products.linear(part, weight, bias).amax(dim=0, keepdim=True))
         return rows if self.sums else self._active(rows)
 
     def _reduced(self, scores: Tensor, lengths: list[int]) -> Tensor:

@@ -236,6 +236,7 @@ class LoadedModel:
             ours=self.workspace_bytes > 0,
             class_name=type(self.hf).__name__ if self._tiles is None else "",
         )
+        prior = replace(prior, fixed_bytes=prior.fixed_bytes + self.routes.products_bytes)
         return prior if self._tiles is None else tiled(prior, self.architecture, self._tiles, self.check.row_values)
 
     @cached_property

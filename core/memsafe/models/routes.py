@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memsafe.attention import interface, regrouped
-from memsafe.models import collate, fuse, late, sbert, segments
+from memsafe.models import collate, fuse, late, products, sbert, segments
 from memsafe.models.heads import HEADS
 from memsafe.models.m3 import ends_in_heads
 from memsafe.models.packed import PackedModel
@@ -90,6 +90,11 @@ class Routes:
         """The transformers encoder inside; None without."""
         return self.hf.base_model if isinstance(self.hf, nn.Module) and hasattr(self.hf, "base_model") else None
 
+    @property
+    def products_bytes(self) -> int:
+        """What a matrix product of ours takes beside its result."""
+        return products.workspace_bytes(self.hf) if self._installed else 0
+
     def _refusal(self) -> str:
         """Why packing cannot be tried; "" if it can."""
         if isinstance(self.hf, RuntimeModel):
@@ -127,12 +132,14 @@ class Routes:
                 regrouped.install(self.hf)
             if check.in_place_ok:
                 fuse.install(self.hf)
+            products.install(self.hf)
         if check.packed_ok:
             self._packed = self._pack_with(check.head)
 
     def uninstall(self) -> None:
         """Leave `run` as a private copy is made."""
         if self._installed:
+            products.uninstall(self.hf)
             fuse.uninstall(self.hf)
             interface.uninstall(self.hf)
             regrouped.uninstall(self.hf)
