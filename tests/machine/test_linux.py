@@ -365,6 +365,9 @@ def test_instruction_sets(machine: Machine, name: str) -> None:
         "proc/cpuinfo", f"processor\t: 0\nmodel name\t: flags of sorts\n{name}\t\t: fpu bf16 sse\n\nprocessor: 1\n"
     )
     assert machine.host().cpu_features() == {"fpu", "bf16", "sse"}
+    assert machine.host().cpu_vendor() == ""
+    machine.write("proc/cpuinfo", f"processor: 0\nvendor_id\t: AuthenticAMD\n{name}: fpu\n")
+    assert machine.host().cpu_vendor() == "AuthenticAMD"
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads this machine's procfs")

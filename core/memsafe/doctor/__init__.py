@@ -21,8 +21,10 @@ __all__ = ["SETTINGS", "Difference", "Examination", "Finding", "compare", "exami
 SETTINGS = (
     "CUDA_VISIBLE_DEVICES",
     "HF_HUB_OFFLINE",
+    "LRU_CACHE_CAPACITY",
     "MKL_NUM_THREADS",
     "OMP_NUM_THREADS",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
     "PYTORCH_MPS_HIGH_WATERMARK_RATIO",

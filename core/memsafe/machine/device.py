@@ -68,6 +68,10 @@ class Device(ABC):
         """The processor's instruction sets; empty if unknown."""
         return self._host.cpu_features()
 
+    def cpu_vendor(self) -> str:
+        """Who made the processor, in the words of x86's CPUID ("GenuineIntel", "AuthenticAMD"); "" if unknown."""
+        return self._host.cpu_vendor()
+
     @abstractmethod
     def snapshot(self) -> MemorySnapshot:
         """Memory now. On a CPU about 10 microseconds."""

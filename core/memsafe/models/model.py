@@ -233,10 +233,9 @@ class LoadedModel:
             attention=self.attention,
             packed=self.packed,
             small_mask=self.check.small_mask_ok,
-            ours=self.workspace_bytes > 0,
+            ours=self._ours,
             class_name=type(self.hf).__name__ if self._tiles is None else "",
         )
-        prior = replace(prior, fixed_bytes=prior.fixed_bytes + self.routes.products_bytes)
         return prior if self._tiles is None else tiled(prior, self.architecture, self._tiles, self.check.row_values)
 
     @cached_property
@@ -256,10 +255,14 @@ class LoadedModel:
 
     @property
     def workspace_bytes(self) -> int:
-        """What a kernel may hold at its own peak beside all that grows with tokens: the scores of one short sequence,
-        which show where a micro-batch is so small that its feed-forward layers need less."""
-        ours = self.packed and self.routes.can_mask  # else each model's attention is its own
-        return kernels.SHORT_SCORES_BYTES if ours and self.device.kind == "cpu" else 0
+        """What kernels may hold at their own peak beside all that grows with tokens: the scores of one short sequence, which show
+        where a micro-batch is so small that its feed-forward layers need less; and what a matrix product puts into another order."""
+        return (kernels.SHORT_SCORES_BYTES if self._ours else 0) + self.routes.products_bytes
+
+    @property
+    def _ours(self) -> bool:
+        """Whether attention is :mod:`memsafe.attention`'s on a CPU; else each model's is its own."""
+        return self.packed and self.routes.can_mask and self.device.kind == "cpu"
 
     def rung_bound(self, rung: str, shape: BatchShape, bound_bytes: int) -> int:
         """The most that a rung takes on this device for `shape`, whose plain forward takes `bound_bytes` at most.

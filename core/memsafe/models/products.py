@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memsafe.attention import interface
-from memsafe.machine.host import open_host
+from memsafe.machine.device import open_device
 
 __all__ = ["install", "linear", "pays", "uninstall", "workspace_bytes"]
 
@@ -29,8 +29,8 @@ multiplies costs more for less."""
 @cache
 def pays() -> bool:
     """Whether this processor is one of those, and torch's oneDNN is as we know it."""
-    host = open_host()
-    if "avx512f" not in host.cpu_features() or host.cpu_vendor() in ("", "GenuineIntel"):
+    device = open_device("cpu")
+    if "avx512f" not in device.cpu_features() or device.cpu_vendor() in ("", "GenuineIntel"):
         return False
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
         return False
@@ -54,6 +54,7 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         or not weight.dtype == states.dtype == torch.float32
         or weight.device.type != "cpu"
         or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
         or not weight.is_contiguous()
         or not bool(torch.backends.mkldnn.enabled)
         or not pays()
