@@ -56,7 +56,10 @@ ENVIRONMENTS = {
         alone=("optimum-intel==2.2.0",),
         why="optimum-intel 2.2 needs transformers < 5.6; its torchvision is left out (text models do not use it)",
     ),
-    "flag": Environment(packages=("torch", "FlagEmbedding==1.4.2", "rerankers==0.10.0"), why="kept apart from ours"),
+    "flag": Environment(
+        packages=("torch", "transformers<5", "FlagEmbedding==1.4.2", "rerankers==0.10.0"),
+        why="FlagEmbedding 1.4.2 imports what transformers 5 no longer has",
+    ),
     "pylate": Environment(
         packages=(
             "torch",

@@ -37,7 +37,7 @@ class _Memsafe(_Reporting):
         self.embedder = getattr(memsafe, self.kind)(model, device="cpu", memory=_policy(options), **options)
 
     def run(self, inputs: list[Any], setting: dict[str, Any]) -> Any:
-        self._last = (found := self.embedder.run(inputs)).report
+        self._last = (found := self.embedder.run(inputs, kind="document")).report
         return found
 
 

@@ -18,7 +18,7 @@ DTYPES = {"openvino": ("float32", "bfloat16", "float16", "int8"), "onnx": ("floa
 
 _INT8 = (
     (("amx_int8",), "AMX", "int8 is much faster than float32"),
-    (("avx512_vnni", "avx_vnni"), "VNNI", "int8 is about twice as fast as float32"),
+    (("avx512_vnni", "avx_vnni"), "VNNI", "int8 is faster than float32"),
     (("i8mm", "asimddp"), "dot products", "int8 is faster than float32"),
     (("avx2", "avx512f"), "AVX without VNNI", "int8 saves memory, and little time"),
 )
