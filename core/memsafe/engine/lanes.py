@@ -189,10 +189,8 @@ class Lanes:
                 self._threads.discard(lane)
                 if not self._threads:
                     raise
-            except (
-                BaseException
-            ):  # a Ctrl-C: whether it runs is not known, and one that does not must not be counted on
-                self._threads.discard(lane)
+            except BaseException:
+                self._threads.discard(lane)  # a Ctrl-C: whether it runs is not known, so it must not be counted on
                 raise
 
     def _lane(self) -> None:
